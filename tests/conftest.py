@@ -1,0 +1,24 @@
+"""Small inputs that several tests share."""
+
+import numpy as np
+import pytest
+import torch
+
+from tasks import satellite
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def series(tmp_path_factory):
+    """A file of 4 classes of satellite series: 96 to train on, 64 to test on."""
+
+    def part(n, seed):
+        x, y = satellite.simulate(6 * n, seed)
+        keep = np.flatnonzero(np.isin(y, (0, 10, 15, 20)))[:n]
+        return x[keep, 0], np.searchsorted((0, 10, 15, 20), y[keep])
+
+    path = tmp_path_factory.mktemp("data") / "series.npz"
+    (x_train, y_train), (x_test, y_test) = part(96, 1), part(64, 2)
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    return path

@@ -1,0 +1,164 @@
+"""The data: what is simulated, what is read, what is held out."""
+
+import numpy as np
+import pytest
+import torch
+
+import tasks
+from tasks import metrics, satellite
+from tasks.sources import words
+
+CALENDAR = {name: row for row, name in enumerate(satellite.COVER)}
+
+
+def test_satellite_is_simulated_in_the_real_shape():
+    x, y = satellite.simulate(240, 0)
+    assert x.shape == (240, 1, 46) and x.dtype == np.float32 and y.dtype == np.int64
+    assert np.bincount(y).tolist() == [10] * 24
+    assert np.isfinite(x).all() and x.min() >= -0.2 and x.max() <= 1.0
+    again, other = satellite.simulate(240, 0), satellite.simulate(240, 1)
+    assert np.array_equal(x, again[0]) and np.array_equal(y, again[1])
+    assert not np.array_equal(x, other[0])
+
+
+def test_satellite_seasons_follow_the_double_logistic():
+    t = np.array([1.0, 75.0, 125.0, 175.0, 365.0])
+    v = satellite.season(t, 0.2, 0.85, 75, 175, 0.08, 0.12)
+    assert v[0] == pytest.approx(0.2, abs=0.01) and v[-1] == pytest.approx(0.2, abs=0.01)
+    assert v[1] == pytest.approx((0.2 + 0.85) / 2, abs=0.01)  # half way up at S, down at A
+    assert v[3] == pytest.approx((0.2 + 0.85) / 2, abs=0.01)
+    assert v[2] == pytest.approx(0.85, abs=0.02)
+
+
+def test_satellite_classes_differ_as_their_calendars_do():
+    x, y = satellite.simulate(4800, 0)
+    mean = np.stack([x[y == k, 0].mean(axis=0) for k in range(24)])
+    day = lambda d: int(np.abs(satellite.DATES - d).argmin())  # noqa: E731
+    wheat, corn = mean[CALENDAR["wheat"]], mean[CALENDAR["irrigated corn"]]
+    assert wheat[day(120)] > corn[day(120)] + 0.3 and corn[day(220)] > wheat[day(220)] + 0.3
+    assert mean[CALENDAR["water"]].max() < 0.0
+    alfalfa, grass = mean[CALENDAR["alfalfa"]], mean[CALENDAR["permanent grass"]]
+    assert alfalfa[day(185)] < alfalfa[day(170)] and abs(grass[day(185)] - grass[day(170)]) < 0.03
+    double = mean[CALENDAR["double crop"]]
+    assert double[day(190)] < min(double[day(120)], double[day(240)])
+
+
+def test_satellite_reads_the_real_layout(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "satellite"
+    folder.mkdir()
+    made = {}
+    for split, n in (("train", 300), ("test", 50)):
+        made[split] = {"data": rng.normal(size=(n, 46)), "label": np.arange(n) % 24 + 1}
+        np.save(folder / f"satellite_{split}.npy", made[split])  # a pickled dict, as the real one
+    x, y = satellite.read(tmp_path, "test")
+    assert x.shape == (50, 1, 46) and x.dtype == np.float32
+    np.testing.assert_array_equal(y, made["test"]["label"] - 1)
+    np.testing.assert_allclose(x[:, 0], made["test"]["data"], rtol=1e-6)
+    task = tasks.load_task("satellite", data="real", root=tmp_path)
+    assert (len(task.train), len(task.val), len(task.test)) == (271, 29, 50)
+    assert task.data == "real" and task.published["PaRe"] == 0.1118
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.zeros((3, 46)), "expected a pickled dict"),
+        ({"data": np.zeros((3, 46))}, "expected a pickled dict"),
+        ({"data": np.zeros((3, 45)), "label": np.ones(3, int)}, r"shapes \(3, 45\) and \(3,\)"),
+        ({"data": np.zeros((3, 46)), "label": np.zeros(3, int)}, "other labels"),
+        ({"data": np.full((3, 46), np.nan), "label": np.ones(3, int)}, "not finite"),
+    ],
+)
+def test_satellite_refuses_other_layouts(content, message, tmp_path):
+    (tmp_path / "satellite").mkdir()
+    np.save(tmp_path / "satellite" / "satellite_train.npy", content)
+    with pytest.raises(ValueError, match=f"satellite_train.npy.*{message}"):
+        satellite.read(tmp_path, "train")
+
+
+def test_splits_differ_and_follow_the_seed():
+    a, b, c = (tasks.load_task("satellite", seed=s, train_size=48) for s in (0, 0, 1))
+    same = lambda p, q: all(torch.equal(s, t) for s, t in zip(p.tensors, q.tensors))  # noqa: B905, E731
+    assert same(a.train, b.train) and same(a.test, b.test)
+    assert not same(a.train, c.train) and not same(a.test, c.test)
+    first = {x.numpy().tobytes() for x in a.train.tensors[0]}
+    assert not first & {x.numpy().tobytes() for x in a.test.tensors[0]}
+    assert len(a.train) == 48 and a.data == "simulated"
+
+
+def test_hold_out_takes_a_tenth_of_each_class():
+    y = np.array([0] * 100 + [1] * 20 + [2] * 3)
+    (x_train, y_train), (x_val, y_val) = tasks.hold_out(np.arange(123), y, seed=0)
+    assert np.bincount(y_val).tolist() == [10, 2] and len(y_train) == 111
+    assert sorted([*x_train, *x_val]) == list(range(123))
+    pairs = np.arange(24) // 2  # two of each class: each keeps one
+    (_, y_train), (_, y_val) = tasks.hold_out(pairs, pairs, seed=0)
+    assert set(y_train) == set(range(12)) and len(y_val) > 0
+
+
+def test_own_data_with_and_without_a_validation_set(tmp_path):
+    x, y = satellite.simulate(96, 0)
+    arrays = {"x_train": x, "y_train": y, "x_test": x[:24, 0], "y_test": y[:24]}
+    arrays["x_test"] = x[:24]
+    np.savez(tmp_path / "a.npz", **arrays)
+    task = tasks.load_task(str(tmp_path / "a.npz"))
+    assert (task.kind, task.num_classes, task.x_shape) == ("classes", 24, (1, 46))
+    assert len(task.train) + len(task.val) == 96 and task.data == "file"
+    np.savez(tmp_path / "b.npz", **arrays, x_val=x[:5], y_val=y[:5])
+    task = tasks.load_task(str(tmp_path / "b.npz"), train_size=50)
+    assert (len(task.train), len(task.val)) == (50, 5)
+    flat = {**arrays, "x_train": x[:, 0], "x_test": x[:24, 0]}
+    np.savez(tmp_path / "c.npz", **flat)
+    got = tasks.load_task(str(tmp_path / "c.npz")).test[3][0]
+    assert torch.equal(got, torch.from_numpy(x[3]))
+
+
+def test_zero_one_error():
+    out = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 4.0]])
+    assert metrics.zero_one(out, torch.tensor([0, 1, 0])) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="needs logits"):
+        metrics.zero_one(out, torch.tensor([[0], [1], [0]]))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        metrics.zero_one(out * float("nan"), torch.tensor([0, 1, 0]))
+
+
+def letters(texts):
+    """A tokenizer that needs no body: one token a character."""
+    return [[ord(c) % 500 for c in text] for text in texts]
+
+
+def test_words_are_balanced_windows_of_the_right_text():
+    x, y, names = words.load(letters, 80, 50, seed=0)
+    assert x.shape == (80, 50) and np.bincount(y).tolist() == [10] * 8 and len(names) == 8
+    for window, label in zip(x[:20], y[:20], strict=True):
+        text = words.texts()[names[label]]
+        stream = np.array(letters([text[: int(0.9 * len(text))]])[0])
+        found = np.lib.stride_tricks.sliding_window_view(stream, 50)
+        assert (found == window).all(axis=1).any()
+
+
+def test_words_follow_the_seed_and_keep_the_held_out_text_apart():
+    a, b, c = (words.load(letters, 40, 50, seed=s)[0] for s in (0, 0, 1))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+    held_out = words.load(letters, 40, 50, seed=0, split="val")[0]
+    assert not {w.tobytes() for w in a} & {w.tobytes() for w in held_out}
+
+
+def test_words_say_when_python_was_stripped_of_its_docs(tmp_path, monkeypatch):
+    monkeypatch.setattr(words.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    words.texts.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="needs Python's own documentation"):
+            words.texts()
+    finally:
+        words.texts.cache_clear()
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="no task 'x'; choose one of satellite"):
+        tasks.load_task("x")
+    with pytest.raises(ValueError, match="no source 'x'; choose one of words, conll2003"):
+        tasks.load_source("x", letters)
+    with pytest.raises(ValueError, match="no data 'fake'"):
+        tasks.load_task("satellite", data="fake")
