@@ -1,0 +1,241 @@
+"""OTDD against its definition written out naively, closed forms and finite differences."""
+
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from otdd import OTDD, label_distances, otdd, wasserstein
+
+ROOT = Path(__file__).resolve().parents[1]
+ORACLE = ROOT.parent / "shared" / "oracle"
+
+
+def data(n=24, m=18, D=3, K_s=3, K_t=2, seed=0, dtype=torch.double):
+    rng = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.double)  # noqa: E731
+    x_s, x_t = make(n, D), make(m, D) * 1.3 + 0.7
+    return x_s.to(dtype), torch.arange(n) % K_s, x_t.to(dtype), torch.arange(m) % K_t
+
+
+def linear_programme(cost):
+    """min <pi, cost> over couplings of uniform marginals, by scipy's solver: value, plan."""
+    from scipy.optimize import linprog
+
+    n, m = cost.shape
+    rows = np.vstack([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
+    marginals = np.r_[np.full(n, 1 / n), np.full(m, 1 / m)]
+    found = linprog(np.ravel(cost), A_eq=rows, b_eq=marginals, method="highs")
+    return found.fun, found.x.reshape(n, m)
+
+
+def naive_costs(x, z, p):
+    return np.array([[float((a - b).norm()) ** p for b in z] for a in x])
+
+
+def naive_otdd(x_s, y_s, x_t, y_t, p=2):
+    """(D1) to (D3), one pair of samples and one pair of classes at a time."""
+    W = {}
+    for a in y_s.unique().tolist():
+        for b in y_t.unique().tolist():
+            W[a, b], _ = linear_programme(naive_costs(x_s[y_s == a], x_t[y_t == b], p))
+    cost = naive_costs(x_s, x_t, p)
+    for i, a in enumerate(y_s.tolist()):
+        for j, b in enumerate(y_t.tolist()):
+            cost[i, j] += W[a, b]  # (D1)
+    return *linear_programme(cost), W  # (D2)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_D1_D2_D3_is_the_definition(p):
+    a = data()
+    value, pi = otdd(*a, p=p, plan=True)
+    want, _, W = naive_otdd(*a, p=p)
+    assert float(value) == pytest.approx(want, rel=1e-9)
+    ours = label_distances(*a, p=p)
+    assert ours.shape == (3, 2)
+    for (i, j), w in W.items():
+        assert float(ours[i, j]) == pytest.approx(w, rel=1e-9)
+    torch.testing.assert_close(pi.sum(1), torch.full((24,), 1 / 24, dtype=pi.dtype))
+    torch.testing.assert_close(pi.sum(0), torch.full((18,), 1 / 18, dtype=pi.dtype))
+
+
+def test_D2_properties():
+    x, y, z, w = data()
+    assert float(otdd(x, y, x, y)) == pytest.approx(0, abs=1e-9)
+    assert float(otdd(x, y, z, w)) == pytest.approx(float(otdd(z, w, x, y)), rel=1e-9)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    assert float(otdd(x[order], y[order], z, w)) == pytest.approx(float(otdd(x, y, z, w)))
+    names = torch.tensor([7, -3, 100])  # labels are names: any integers do
+    assert float(otdd(x, names[y], z, w)) == pytest.approx(float(otdd(x, y, z, w)))
+    assert float(otdd(x, y, z, w * 0)) != pytest.approx(float(otdd(x, y, z, w)))  # labels matter
+    shift = torch.tensor([1.0, 2.0, 2.0], dtype=x.dtype)  # moves features and classes by 3 each
+    assert float(otdd(x, y, x + shift, y)) == pytest.approx(18.0, rel=1e-6)
+
+
+def test_D3_in_one_dimension_is_sorting():
+    x, z = torch.randn(30, 1).double(), torch.randn(30, 1).double() * 2 + 1
+    for p in (1, 2):
+        want = (x.sort(0)[0] - z.sort(0)[0]).abs().pow(p).mean() ** (1 / p)
+        assert float(wasserstein(x, z, p=p)) == pytest.approx(float(want), rel=1e-9)
+
+
+def test_D4_is_the_distance_of_gaussians():
+    from scipy.linalg import sqrtm
+
+    x, y, z, w = data(n=60, m=50)
+    ours = label_distances(x, y, z, w, label_distance="gaussian")
+    for a in range(3):
+        for b in range(2):
+            u, v = x[y == a].numpy(), z[w == b].numpy()
+            S, T = np.cov(u.T), np.cov(v.T)
+            root = sqrtm(S)
+            cross = np.trace(sqrtm(root @ T @ root).real)
+            want = ((u.mean(0) - v.mean(0)) ** 2).sum() + np.trace(S + T) - 2 * cross
+            assert float(ours[a, b]) == pytest.approx(want, rel=1e-8)
+
+
+def test_D5_entropic_value_is_that_of_plain_sinkhorn():
+    a = data()
+    eps = 0.05
+    value, pi = otdd(*a, eps=eps, plan=True)
+    _, _, W = naive_otdd(*a)
+    cost = torch.from_numpy(naive_costs(a[0], a[2], 2))
+    cost += torch.tensor([[W[i, j] for j in a[3].tolist()] for i in a[1].tolist()])
+    strength = eps * cost.mean()
+    f, g = torch.zeros(24).double(), torch.zeros(18).double()
+    for _ in range(3000):
+        f = -strength * torch.logsumexp((g - cost) / strength - math.log(18), dim=1)
+        g = -strength * torch.logsumexp((f[:, None] - cost) / strength - math.log(24), dim=0)
+    want = torch.exp((f[:, None] + g - cost) / strength) / (24 * 18)
+    assert float((want * cost).sum()) == pytest.approx(float(value), rel=1e-3)
+    assert float((pi - want).abs().sum()) < 0.02
+    exact = float(otdd(*a))
+    assert float(otdd(*a, eps=1e-3)) == pytest.approx(exact, rel=1e-3)
+    assert float(value) >= exact
+
+
+def test_D6_divergence_is_0_on_itself_and_positive_elsewhere():
+    x, y, z, w = data()
+    assert float(otdd(x, y, x, y, eps=0.05, debias=True)) == pytest.approx(0, abs=1e-6)
+    assert float(otdd(x, y, z, w, eps=0.05, debias=True)) > 0
+    assert float(otdd(x, y, x, y, eps=0.05)) > 0.01  # without it: not 0
+
+
+@pytest.mark.parametrize("kind", ["exact", "gaussian"])
+def test_D7_gradient_agrees_with_finite_differences(kind):
+    x, y, z, w = data(n=12, m=10)
+    x, z = x.requires_grad_(), z.requires_grad_()
+    value = lambda x, z: otdd(x, y, z, w, label_distance=kind)  # noqa: E731
+    assert torch.autograd.gradcheck(value, (x, z), eps=1e-6, atol=1e-6)
+
+
+def test_D7_labels_act_on_the_gradient():
+    x, y, z, w = data()
+    gradients = []
+    for labels in (w, w[torch.randperm(18, generator=torch.Generator().manual_seed(1))]):
+        z = z.detach().requires_grad_()
+        otdd(x, y, z, labels).backward()
+        gradients.append(z.grad)
+    assert not torch.allclose(gradients[0], gradients[1], rtol=0.1)
+
+
+def test_D8_screening_finds_the_optimum_of_the_full_problem():
+    """Large enough for the screened solver; compared with POT on the full cost."""
+    import ot
+
+    x, y, z, w = data(n=700, m=600, D=8, K_s=5, K_t=4)
+    W = label_distances(x, y, z, w)
+    cost = torch.cdist(x, z).square() + W[y][:, w]
+    want = ot.emd2([], [], cost.numpy(), numItermax=10**6)
+    assert float(otdd(x, y, z, w)) == pytest.approx(want, rel=1e-8)
+
+
+def test_a_cached_source_and_warm_starts_change_nothing():
+    x, y, z, w = data(n=200, m=90, D=6)
+    for settings in ({}, {"label_distance": "gaussian"}, {"eps": 0.05}):
+        distance = OTDD(x, y, **settings)
+        for step in range(3):
+            moved = z - 0.1 * step
+            cold = float(otdd(x, y, moved, w, **settings))
+            assert float(distance(moved, w)) == pytest.approx(
+                cold, rel=1e-6 if not settings.get("eps") else 1e-3
+            )
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_float32_at_any_scale_and_far_from_the_origin(scale):
+    a = data(dtype=torch.float32)
+    x, y, z, w = a[0] * scale + 100 * scale, a[1], a[2] * scale + 100 * scale, a[3]
+    want = float(otdd(x.double(), y, z.double(), w))
+    assert float(otdd(x, y, z, w)) == pytest.approx(want, rel=1e-4)
+    assert math.isfinite(float(otdd(x, y, z, w, eps=1e-3)))
+
+
+BAD = {
+    "NaN": (lambda x, y, z, w: (x * float("nan"), y, z, w), "NaN or inf"),
+    "widths": (lambda x, y, z, w: (x, y, z[:, :2], w), "width"),
+    "lengths": (lambda x, y, z, w: (x, y[:-1], z, w), "expected"),
+    "empty": (lambda x, y, z, w: (x[:0], y[:0], z, w), "n >= 1"),
+    "float labels": (lambda x, y, z, w: (x, y.double(), z, w), "integer"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input_is_refused(case):
+    change, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        otdd(*change(*data()))
+
+
+def test_a_class_of_one_sample():
+    x, y, z, w = data()
+    y = y.clone()
+    y[0] = 9
+    want, _, _ = naive_otdd(x, y, z, w)
+    assert float(otdd(x, y, z, w)) == pytest.approx(want, rel=1e-9)
+    with pytest.raises(ValueError):
+        otdd(x, y, z, w, label_distance="gaussian")
+
+
+def test_it_runs_alone(tmp_path):
+    (tmp_path / "otdd.py").write_bytes((ROOT / "otdd.py").read_bytes())
+    done = subprocess.run([sys.executable, "otdd.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "otdd" in done.stdout
+
+
+@pytest.mark.skipif(not ORACLE.exists(), reason="the reference values are not here")
+@pytest.mark.parametrize(
+    "name", ["balanced_small", "far_small_scale", "rank_deficient", "unbalanced"]
+)
+def test_reference_values(name):
+    import json
+
+    arrays, values = (
+        np.load(ORACLE / f"{name}.npz"),
+        json.loads((ORACLE / f"{name}.json").read_text()),
+    )
+    x, y, z, w = (torch.from_numpy(arrays[key]) for key in "XyZw")
+    z.requires_grad_()
+    value = otdd(x, y.long(), z, w.long())
+    value.backward()
+    assert float(value) == pytest.approx(values["otdd_sq_exact"], rel=1e-6)
+    gradient = torch.from_numpy(arrays["grad_Z_exact"])
+    assert float((z.grad - gradient).norm() / gradient.norm()) < 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        entropic = otdd(x, y.long(), z.detach(), w.long(), eps=0.01)
+    assert float(entropic) == pytest.approx(values["entropic"]["0.01"]["linear"], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees_with_the_cpu():
+    here = data()
+    there = [v.to("cuda") for v in here]
+    assert float(otdd(*there)) == pytest.approx(float(otdd(*here)), rel=1e-9)
