@@ -161,7 +161,10 @@ def _own(path: Path, seed: int) -> tuple[dict, dict]:
             f"C >= 2 (the largest label anywhere is {num_classes - 1}); number the classes from 0"
         )
     if "val" not in splits:
-        splits["train"], splits["val"] = hold_out(*splits["train"], seed)
+        try:
+            splits["train"], splits["val"] = hold_out(*splits["train"], seed)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     record = {
         "title": f"your data: {path.name}",
         "x_shape": shapes["train"],

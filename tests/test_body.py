@@ -67,27 +67,28 @@ def test_masks_are_80_10_10(maker):
 
 
 @pytest.mark.slow
-def test_the_script_makes_a_body_and_resumes(maker, tmp_path):
-    """Six steps in one go and in two make the same weights."""
+def test_the_script_makes_a_body_and_goes_on_after_a_break(maker, tmp_path, monkeypatch):
+    """Six steps in one go, and six with a break after five, make the same weights."""
     from safetensors.torch import load_file
 
-    parse = lambda out, steps: maker.argparse.Namespace(  # noqa: E731
-        out=tmp_path / out,
-        steps=6,
-        stop=steps,
-        batch=4,
-        length=16,
-        lr=1e-3,
-        seed=0,
-        threads=2,
-        save_every=3,
-    )
-    maker.main(parse("whole", 6))
+    small = {"steps": 6, "batch": 4, "length": 16, "lr": 1e-3, "seed": 0, "threads": 2}
+    arguments = lambda out: maker.argparse.Namespace(**small, save_every=3, out=tmp_path / out)  # noqa: E731
+    maker.main(arguments("whole"))
     card = (tmp_path / "whole" / "README.md").read_text(encoding="utf-8")
     assert "6 steps of 4 windows" in card and "unigram" in card
-    work = tmp_path / ".whole.work" / "state.pt"
-    assert work.exists()
-    first = load_file(tmp_path / "whole" / "model.safetensors")
-    maker.main(parse("whole", 6))  # a finished run has nothing left to do
-    again = load_file(tmp_path / "whole" / "model.safetensors")
-    assert all(torch.equal(first[name], again[name]) for name in first)
+
+    clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def breaks_in_step_5(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return clip(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", breaks_in_step_5)
+    with pytest.raises(KeyboardInterrupt):
+        maker.main(arguments("broken"))
+    maker.main(arguments("broken"))
+    assert len(steps) == 5 + 3  # from step 3 on
+    whole, broken = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
