@@ -1,0 +1,102 @@
+"""What holds for the repository as a whole: labels, notebooks, safety, the README's commands."""
+
+import ast
+import importlib
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LABELLED = {"otdd": "D", "mmd": "M", "orca": "O", "pare": "P"}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PYTHON = [
+    file
+    for file in sorted(ROOT.rglob("*.py"))
+    if not {"data", "runs", ".venv", "venv"} & set(file.relative_to(ROOT).parts)
+]
+
+
+def labels(text: str, letter: str) -> set[str]:
+    return set(re.findall(rf"\(({letter}\d+)\)", text))
+
+
+@pytest.mark.parametrize("name", list(LABELLED))
+def test_every_equation_is_stated_implemented_and_tested(name):
+    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    letter, doc = LABELLED[name], ast.get_docstring(ast.parse(source))
+    stated = labels(doc, letter)
+    code = source.replace('"""' + doc, "")
+    comments = "\n".join(re.findall(r"#.*", code))
+    tests = (ROOT / "tests" / f"test_{name}.py").read_text(encoding="utf-8")
+    tested = set(re.findall(rf"{letter}\d+", "\n".join(re.findall(r"def test_\w+", tests))))
+    assert stated and stated == labels(source, letter), "a label that the docstring does not state"
+    assert stated <= labels(comments, letter), "stated, but at no line of code"
+    assert stated == tested, "stated, but in no test's name (or the other way round)"
+
+
+def test_nothing_from_outside_is_executed_and_no_device_is_assumed():
+    bad = re.compile(r"allow_pickle\s*=\s*True|weights_only\s*=\s*False|\.cuda\(\)|except\s*:")
+    for file in PYTHON:
+        if file.parent.name != "tests":
+            assert not bad.search(file.read_text(encoding="utf-8")), file
+
+
+def test_sizes_that_keep_a_file_readable():
+    limits = {"orca": 700, "pare": 700, "otdd": 300, "mmd": 120}
+    for name, most in limits.items():
+        assert len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= most, name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_were_run_from_top_to_bottom(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert outputs and not [o for o in outputs if o["output_type"] == "error"]
+    text = json.dumps([o for o in outputs if o["output_type"] == "stream"])
+    assert not re.search(r"/(home|root|tmp|work|Users)/", text), "a path of one machine"
+    assert path.stat().st_size < 1_500_000
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_readme_has_the_two_commands():
+    commands = readme_commands()
+    assert "pip install -r requirements.txt && python pare.py --task satellite" in commands
+    assert "pip install -r requirements.txt && pytest" in commands
+
+
+def test_every_method_command_of_the_readme_parses():
+    seen = 0
+    for command in readme_commands():
+        for script, argv in re.findall(r"python (orca|pare)\.py ([^&#]*)", command):
+            importlib.import_module(script).parse_args(shlex.split(argv))
+            seen += 1
+    assert seen >= 5
+
+
+def test_files_that_the_readme_names_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_git_holds_nothing_large():
+    try:
+        files = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
+        ).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            assert (ROOT / name).stat().st_size < 8_000_000, name

@@ -1,0 +1,82 @@
+"""The numbers: baselines that are right, rows with their commands, a README that agrees."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "results" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_nearest_neighbour_is_the_nearest():
+    x, y = torch.randn(40, 6), torch.randint(3, (40,))
+    new = torch.randn(15, 6)
+    want = [int(y[min(range(40), key=lambda i, z=z: float((x[i] - z).norm()))]) for z in new]
+    assert script("baselines").nearest(x, y, new).tolist() == want
+
+
+def test_logistic_regression_is_at_its_optimum():
+    torch.manual_seed(0)
+    x, y = torch.randn(200, 3), torch.randint(3, (200,))
+    head = script("baselines").logistic(x, y, 3, ridge=1e-2)
+    loss = torch.nn.functional.cross_entropy(head(x), y) + 1e-2 * head.weight.square().sum()
+    gradients = torch.autograd.grad(loss, list(head.parameters()))
+    assert max(float(g.abs().max()) for g in gradients) < 1e-4
+
+
+def test_baselines_of_a_file_of_ones_own(series, tmp_path):
+    csv = tmp_path / "b.csv"
+    found = script("baselines").main(["--task", str(series), "--csv", str(csv)])
+    assert list(found) == ["majority class", "1-NN", "logistic regression"]
+    labels = [int(y) for _, y in tasks.load_task(str(series)).train]
+    common = max(range(4), key=labels.count)
+    wrong = (np.load(series)["y_test"] != common).mean()
+    assert found["majority class"] == pytest.approx(wrong)
+    assert found["1-NN"] < 0.5 and found["logistic regression"] < 0.5
+    assert len(csv.read_text().splitlines()) == 4
+
+
+def test_collected_rows_carry_their_command(tmp_path):
+    collect, file = script("collect"), tmp_path / "rows.csv"
+    for name, error in (("a", 0.1), ("b", 0.2)):
+        (tmp_path / name).mkdir()
+        made = {"command": ["/somewhere/pare.py", "--seed", name], "versions": {"torch": "2"}}
+        (tmp_path / name / "config.json").write_text(json.dumps(made))
+        (tmp_path / name / "result.json").write_text(json.dumps({"test_error": error}))
+    (tmp_path / "unfinished").mkdir()
+    arguments = ["--csv", str(file), *(str(tmp_path / n) for n in ("a", "b", "unfinished"))]
+    collect.main(arguments)
+    collect.main(arguments)  # the same runs again: no second rows
+    want = (
+        "test_error,torch,command\n0.1,2,python pare.py --seed a\n0.2,2,python pare.py --seed b\n"
+    )
+    assert file.read_text() == want
+
+
+def test_the_readme_s_tables_are_the_rows_in_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = script("table")
+    assert table.satellite() in text and table.crop() in text
+
+
+def test_the_methods_beat_the_simple_baselines_in_every_recorded_seed():
+    table = script("table")
+    errors = {}
+    for row in [*table.rows("satellite.csv"), *table.rows("baselines.csv")]:
+        if row["task"] == "satellite":
+            errors[table.label(row), row["seed"]] = float(row["test_error"])
+    for seed in "012":
+        simple = min(errors["1-NN", seed], errors["logistic regression", seed])
+        assert errors["PaRe", seed] < simple and errors["ORCA (OTDD)", seed] < simple
