@@ -79,7 +79,7 @@ def _envelope(value, x, z, cost, pi, p):
         if v.requires_grad:
             wz = w_v @ torch.cat([other, torch.ones_like(other[:, :1])], 1).detach()
             slope = wz[:, -1:] * v.detach() - wz[:, :-1]  # diag(w 1) x - w z
-            value = value + ((v - v.detach()) * slope).sum()
+            value = value + ((v - v.detach()) * slope).sum()  # (D7)
     return value
 
 
@@ -123,7 +123,7 @@ def _solve(c, pi, f):
     keep = slack <= np.quantile(slack.ravel()[:: 1 + n * m // 20_000], 0.015)
     i, j = np.arange(n), np.arange(m)
     keep[i, i * m // n] = keep[j * n // m, j] = bad = True
-    while np.any(bad):
+    while np.any(bad):  # (D8)
         i, j = np.nonzero(keep)
         edges = coo_array((slack[i, j].astype(float), (i, j)), c.shape)
         plan, log = ot.emd(a, b, edges, **options)
@@ -253,7 +253,7 @@ class OTDD:
         eps = (self.eps or 1e-2) * float(cost.mean()) if self.label_distance == "sinkhorn" else 0
         pi, f, _ = _plans(cost, s, t, eps, f)
         warm.update(zip(t.labels, f.T, strict=True))
-        return s.E.T @ (pi * cost) @ t.E, pi
+        return s.E.T @ (pi * cost) @ t.E, pi  # (D3), (D5): the costs of the plans, block by block
 
 
 def otdd(x_s, y_s, x_t, y_t, *, p=2, label_distance="exact", eps=0.0, debias=False, plan=False):

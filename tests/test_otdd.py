@@ -179,7 +179,7 @@ def test_float32_at_any_scale_and_far_from_the_origin(scale):
 
 BAD = {
     "NaN": (lambda x, y, z, w: (x * float("nan"), y, z, w), "NaN or inf"),
-    "widths": (lambda x, y, z, w: (x, y, z[:, :2], w), "width"),
+    "widths": (lambda x, y, z, w: (x, y, z[:, :2], w), "the same everywhere"),
     "lengths": (lambda x, y, z, w: (x, y[:-1], z, w), "expected"),
     "empty": (lambda x, y, z, w: (x[:0], y[:0], z, w), "n >= 1"),
     "float labels": (lambda x, y, z, w: (x, y.double(), z, w), "integer"),
