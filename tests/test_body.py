@@ -92,3 +92,78 @@ def test_the_script_makes_a_body_and_goes_on_after_a_break(maker, tmp_path, monk
     assert len(steps) == 5 + 3  # from step 3 on
     whole, broken = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+SWIN = ROOT / "bodies" / "tiny_swin"
+
+
+def swin_number(pattern: str) -> float:
+    return float(re.search(pattern, (SWIN / "README.md").read_text(encoding="utf-8"))[1])
+
+
+def test_tiny_swin_loads_by_the_code_path_of_the_hub():
+    import timm
+
+    model = timm.create_model(f"local-dir:{SWIN}", pretrained=True)
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 192)
+    large = timm.create_model(f"local-dir:{SWIN}", pretrained=True, img_size=128)
+    assert large.forward_features(torch.zeros(1, 3, 128, 128)).shape == (1, 8, 8, 192)
+    assert sum(file.stat().st_size for file in SWIN.iterdir()) < 8e6
+
+
+def test_the_card_of_tiny_swin_shows_that_it_learnt():
+    probe = swin_number(r"held-out classes \| accuracy ([\d.]+)")
+    random = swin_number(r"same on a random body \| accuracy ([\d.]+)")
+    assert probe > 3 * random and swin_number(r"images \| ([\d.]+) of outline") > 0.5
+
+
+@pytest.fixture(scope="module")
+def swin_maker():
+    spec = importlib.util.spec_from_file_location("swin", ROOT / "bodies/make_tiny_swin.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_held_out_classes_are_not_shown(swin_maker):
+    seen, held_out = (set(map(tuple, kinds)) for kinds in swin_maker.classes())
+    assert not seen & held_out and len(seen) == 200 and len(held_out) == 40
+    for part in (0, 1):  # but every outline and every texture is, in other pairs
+        assert {k[part] for k in held_out if k[1] >= 0} <= {k[part] for k in seen}
+
+
+@pytest.mark.slow
+def test_the_card_of_tiny_swin_s_probe_comes_out_again(swin_maker):
+    import timm
+
+    model = timm.create_model(f"local-dir:{SWIN}", pretrained=True)
+    card = swin_number(r"held-out classes \| accuracy ([\d.]+)")
+    assert swin_maker.probe(model) == pytest.approx(card, abs=0.02)
+
+
+@pytest.mark.slow
+def test_pretraining_of_tiny_swin_goes_on_where_it_stopped(swin_maker, tmp_path, monkeypatch):
+    """Four steps in one go, and four with a break after three, make the same weights."""
+    kinds, (clip, steps) = swin_maker.classes()[0], (torch.nn.utils.clip_grad_norm_, [])
+    args = type("args", (), {"seed": 0, "lr": 1e-3, "batch": 8, "save_every": 2, "steps": 4})
+
+    def trained(name):
+        torch.manual_seed(0)
+        (tmp_path / name).mkdir(exist_ok=True)
+        model = swin_maker.Namer()
+        swin_maker.train(model, kinds, args, tmp_path / name)
+        return model.state_dict()
+
+    def breaks_in_step_3(*given):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return clip(*given)
+
+    whole = trained("whole")
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", breaks_in_step_3)
+    with pytest.raises(KeyboardInterrupt):
+        trained("broken")
+    broken = trained("broken")
+    assert len(steps) == 3 + 2  # from step 2 on
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
