@@ -74,7 +74,7 @@ def test_M1_two_gaussians_in_closed_form():
 
 def test_M2_default_bandwidths_follow_the_mean_squared_distance():
     x, y = sample(12, 9, 4)
-    got = mmd._prepare(x, y, None)[2]
+    got = mmd._prepare(x, y, None)[1]
     assert got == pytest.approx(default_bandwidths(x, y)[::-1], rel=1e-12)
     torch.testing.assert_close(mmd2(1000 * x, 1000 * y), mmd2(x, y))  # so no unit matters
 
@@ -178,6 +178,24 @@ def test_M5_gradient_equals_autograd_of_the_double_loop(unbiased):
     torch.testing.assert_close(got, tuple(3 * g for g in expected), rtol=1e-10, atol=1e-12)
 
 
+def test_M5_no_gradient_where_none_is_asked_for():
+    x, y = sample(6, 5, 3)
+    assert not mmd2(x, y).requires_grad
+    y.requires_grad_()
+    mmd2(x, y).backward()
+    assert x.grad is None and y.grad.abs().max() > 0
+    assert not two_sample_test(x, y)[0].requires_grad
+
+
+def test_M5_autocast_changes_nothing():
+    x, y = sample(60, 50, 8, dtype=torch.float32)
+    y.requires_grad_()
+    expected = (mmd2(x, y), *torch.autograd.grad(mmd2(x, y), y))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = (mmd2(x, y), *torch.autograd.grad(mmd2(x, y), y))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_M5_second_derivatives_are_refused():
     x, y = sample(4, 4, 2)
     (g,) = torch.autograd.grad(mmd2(x, y.requires_grad_()), y, create_graph=True)
@@ -260,6 +278,15 @@ def test_refuses_what_has_no_meaning(function, x, y, message):
         function(x, y)
 
 
+@pytest.mark.parametrize("function", [mmd2, mmd2_linear, mmd2_features, two_sample_test])
+@pytest.mark.parametrize("other", [GOOD.numpy(), GOOD.tolist(), None])
+def test_refuses_what_is_not_a_tensor(function, other):
+    message = rf"got .*{type(other).__name__}.*; expected tensors: use torch.as_tensor\(x\)"
+    for pair in ((other, GOOD), (GOOD, other), (other, other)):
+        with pytest.raises(ValueError, match=message):
+            function(*pair)
+
+
 @pytest.mark.parametrize("function", [mmd2, mmd2_linear, two_sample_test])
 def test_refuses_one_sample_where_pairs_are_needed(function):
     with pytest.raises(ValueError, match="n, m >= 2"):
@@ -282,7 +309,7 @@ def test_oracle(name):
     )
     x, y = torch.from_numpy(data["X"]), torch.from_numpy(data["Z"]).requires_grad_()
     bandwidths = answer["mmd_bandwidths"]
-    assert mmd._prepare(x, y, None)[2] == pytest.approx(bandwidths[::-1], rel=1e-9)
+    assert mmd._prepare(x, y, None)[1] == pytest.approx(bandwidths[::-1], rel=1e-9)
     for kind, given in (("multi", None), ("single", bandwidths[2:3])):
         got = {
             f"mmd_biased_{kind}": mmd2(x, y, bandwidths=given, unbiased=False),
