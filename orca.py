@@ -13,13 +13,13 @@ the body knows; then everything is fine-tuned.
 Source: Shen et al., Cross-Modal Fine-Tuning: Align then Refine, ICML 2023 (arXiv 2302.05738).
 
     python orca.py --task satellite                     simulated data, tiny body, no network
-    python orca.py --task satellite --align mmd         another distance
+    python orca.py --task darcy --align mmd             images to a field; another distance
     python orca.py --task mine.npz --device cuda        arrays x_train, y_train, x_test, y_test
     python orca.py --task satellite --paper             real data, roberta-base, published settings
 Baselines:
     --align none                                        naive fine-tuning (NFT)
     --align none --freeze layernorm-only                frozen pretrained transformer (FPT)
-    --align none --body random:tiny_roberta             from scratch
+    --align none --body random:tiny_roberta             from scratch (images: random:tiny_swin)
 
 You should see the distance fall in stage "align", then the error in stage "finetune"; the last
 line is the result. Everything is written to runs/orca-TASK-SEED.
@@ -28,8 +28,10 @@ Differences from the published code:
  1. OTDD is one problem over all target classes, so that labels act. The released loop has one
     class a call, where they have no influence on the gradient.
  2. The best epoch is chosen on validation data; the released settings choose it on the test set.
- 3. Inputs are standardised per channel, by the training set's mean and deviation.
+ 3. Inputs are standardised per channel, and regression targets per point, by the training set.
  4. The optimiser is AdamW throughout.
+ 5. Predictions for every point come from linear layers on every stage of the body. The release
+    averages hidden units in 1D, without a parameter, and three channels of the last stage in 2D.
 """
 
 import argparse
@@ -39,21 +41,23 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+import bodies
 import tasks
 from mmd import mmd2
 from otdd import OTDD
 
-# B batch, C channels, L length, N patches, D width of the body, K classes
+# B batch, C channels, L length or H x W, N patches, D width of the body, K classes
 METHOD = "orca"
-ROOT = Path(__file__).resolve().parent
 WINDOW = 64  # tokens of a source sample
 
 
@@ -76,10 +80,11 @@ class Config:
     train_size: int = opt(0, "training samples; 0: the task's own number", low=0)
     paper: bool = opt(False, "the paper's setting: real data, roberta-base, published values")
     # the parts (slides 6 to 8)
-    body: str = opt("tiny_roberta", "folder or hub name of g; random:NAME: the same, untrained")
-    source: str = opt("words", "source data set", tasks.SOURCES)
+    body: str = opt("", "folder or hub name of g; random:NAME: untrained; default: the tiny one")
+    source: str = opt("", "source data set; default: the task's", tasks.SOURCES)
     source_size: int = opt(2000, "source samples", low=2)
-    patches: int = opt(32, "N at most; sets the kernel = stride of f^t", low=1)
+    patches: int = opt(0, "N at most, 0: 32 for series, 256 (16 x 16) for images", low=0)
+    embedder_init: str = opt("body", "what f^t starts from", ("body", "random"))
     # stage 2, alignment of f^t (slide 9)
     align: str = opt("otdd", "distance D to minimise", ("otdd", "mmd", "l2", "none"))
     align_epochs: int = opt(20, "epochs of stage 2 (the paper: 60)", low=1)
@@ -109,13 +114,15 @@ class Config:
         for f in fields(self):
             value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
             flag = "--" + f.name.replace("_", "-")
-            if choices and value not in choices:
+            if choices and value not in (f.default, *choices):
                 raise ValueError(f"{flag} {value} is unknown; choose one of {', '.join(choices)}")
             if low is not None and not low <= value < math.inf:
                 raise ValueError(f"{flag} {value} is out of range; give a number of at least {low}")
 
 
-# Per task, what the paper's setting changes. The published batch of 16 x 4 accumulated is 64.
+# What a task changes: here on the embedded data, below in the paper's setting.
+EMBEDDED = {"cosmic": {"patches": 1024}}
+# The published batch of 16 x 4 accumulated is 64.
 PAPER = {"data": "real", "body": "FacebookAI/roberta-base", "source": "conll2003"}
 PAPER |= {"source_size": 5000, "patches": 512, "align_samples": 128}
 PAPER |= {"align_epochs": 60, "align_steps_per_epoch": 1}
@@ -128,10 +135,18 @@ PRESETS = {
 
 def configure(**given) -> Config:
     """Defaults < preset of the task, with paper=True < what is given."""
-    task = given.get("task", "satellite")
-    if given.get("paper") and task not in PRESETS:
+    task, paper = given.get("task", "satellite"), given.get("paper")
+    if paper and task not in PRESETS:
         raise ValueError(f"--paper has no settings for '{task}'; it has {', '.join(PRESETS)}")
-    return Config(**{**(PRESETS[task] if given.get("paper") else {}), **given})
+    return Config(**{**(PRESETS[task] if paper else EMBEDDED.get(task, {})), **given})
+
+
+def resolve(cfg: Config, task: tasks.Task) -> Config:
+    """Body, source and number of patches as they suit the task, where none was asked for."""
+    axes = len(task.x_shape)
+    parts = {"body": bodies.TINY[axes], "source": task.sources["embedded"]}
+    parts["patches"] = bodies.PATCHES[axes]
+    return replace(cfg, **{key: getattr(cfg, key) or value for key, value in parts.items()})
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
@@ -141,13 +156,6 @@ def batches(dataset, cfg: Config, seed: int) -> DataLoader:
     """The training set in a random order, which the seed fixes for all epochs of a run."""
     rng = torch.Generator().manual_seed(seed)
     return DataLoader(dataset, cfg.batch_size, shuffle=True, generator=rng)
-
-
-def channel_statistics(dataset) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, (C, 1) each; 1 where a channel is constant."""
-    x = torch.cat([x.double() for x, _ in DataLoader(dataset, 1024)])  # (n, C, L)
-    mean, std = x.mean(dim=(0, 2)), x.std(dim=(0, 2), correction=0)
-    return mean.float()[:, None], torch.where(std > 0, std, 1.0).float()[:, None]
 
 
 def balanced_rows(labels: Tensor, size: int, rng: torch.Generator) -> Tensor:
@@ -176,21 +184,23 @@ def patch_length(L: int, most: int) -> int:
     return exact if exact <= 2 * need else need
 
 
-class Embedder(nn.Module):
+class SeriesEmbedder(nn.Module):
     """f^t: standardise, cut into patches by a convolution, normalise, add positions (slide 8).
 
-    LayerNorm and positions start from the body's own tables, the convolution from random numbers.
+    LayerNorm and positions start from the body's own tables, the convolution from random numbers;
+    with init "random", all do.
     """
 
-    def __init__(self, x_shape: tuple, table: nn.Module, patches: int):
+    def __init__(self, x_shape: tuple, roberta: nn.Module, patches: int, init: str = "body"):
         super().__init__()
-        C, L = x_shape
+        (C, L), table = x_shape, roberta.embeddings
         self.patch = patch_length(L, patches)
         N, first = math.ceil(L / self.patch), table.padding_idx + 1
         D = table.position_embeddings.embedding_dim
         room = table.position_embeddings.num_embeddings - first
         if N > room:
             raise ValueError(f"--patches: {N} patches exceed the body's {room} positions")
+        self.grid = (N,)
         self.register_buffer("mean", torch.zeros(C, 1))
         self.register_buffer("std", torch.ones(C, 1))
         self.conv = nn.Conv1d(C, D, kernel_size=self.patch, stride=self.patch)
@@ -198,6 +208,9 @@ class Embedder(nn.Module):
         self.norm = copy.deepcopy(table.LayerNorm)
         position = table.position_embeddings.weight.detach()[first : first + N]
         self.position = nn.Parameter(position.clone())
+        if init == "random":
+            self.norm.reset_parameters()
+            nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
@@ -206,87 +219,147 @@ class Embedder(nn.Module):
         return self.norm(z) + self.position
 
 
+class ImageEmbedder(nn.Module):
+    """f^t: standardise, resize, cut into patches by a convolution, normalise (slide 8).
+
+    Starts as the body's own patch embedding, its three channels repeated for all C; with init
+    "random", from random numbers. Positions are the body's affair: Swin has relative ones.
+    """
+
+    def __init__(self, x_shape: tuple, swin: nn.Module, patches: int = 0, init: str = "body"):
+        super().__init__()
+        C, own = x_shape[0], swin.patch_embed
+        self.size, self.grid = own.img_size, own.grid_size  # pixels and patches, (H, W) each
+        self.register_buffer("mean", torch.zeros(C, 1, 1))
+        self.register_buffer("std", torch.ones(C, 1, 1))
+        self.conv = nn.Conv2d(C, own.proj.out_channels, own.patch_size, stride=own.patch_size)
+        nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
+        self.norm = copy.deepcopy(own.norm)
+        if init == "random":
+            self.norm.reset_parameters()
+        else:
+            repeated = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
+            self.conv.weight.data.copy_(repeated)
+            self.conv.bias.data.copy_(own.proj.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.mean) / self.std
+        x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        z = self.conv(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
+        return self.norm(z)
+
+
+def source_embedder(net: nn.Module) -> nn.Module:
+    """f^s: the body's own, frozen: token ids (B, L) or images (B, 3, S, S) in 0..1 -> (B, N, D)."""
+    if hasattr(net, "embeddings"):
+        return net.embeddings.requires_grad_(False).eval()
+    f_s = ImageEmbedder((3,), net)
+    mean, std = (torch.tensor(net.pretrained_cfg[key]) for key in ("mean", "std"))
+    f_s.mean, f_s.std = mean[:, None, None], std[:, None, None]
+    return f_s.requires_grad_(False).eval()
+
+
 # ---- 4. Body g -----------------------------------------------------------------------------------
 
 
-def load_body(name: str):
-    """The pretrained model around g, and its tokenizer, from a folder or the Hugging Face hub.
+class SeriesBody(nn.Module):
+    """g: the attention layers of a RoBERTa, (B, N, D) -> [(B, N, D)] (slide 7)."""
 
-    Args:
-        name: a folder in bodies/ or anywhere, or a hub name with a "/" in it; random:NAME takes
-            only the architecture (and the tokenizer) of NAME.
-    Returns: a RobertaModel without dropout; a function from texts to lists of token ids.
-    Raises: ValueError if there is no such body, or it is not a RoBERTa.
-    """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    wanted = name.removeprefix("random:")
-    folders = [path for path in (ROOT / "bodies" / wanted, Path(wanted)) if path.is_dir()]
-    if not folders and wanted.count("/") != 1:
-        raise ValueError(
-            f"--body {name}: no folder bodies/{wanted} or {wanted}; give tiny_roberta, a folder, "
-            "or a hub name such as FacebookAI/roberta-base"
-        )
-    place = str(folders[0]) if folders else wanted
-    try:
-        config = AutoConfig.from_pretrained(place)
-        if config.model_type != "roberta":
-            raise ValueError(f"it is a {config.model_type}; series take a RoBERTa")
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        kind = {"config": config, "add_pooling_layer": False}
-        untrained = name.startswith("random:")
-        roberta = (
-            AutoModel.from_config(**kind) if untrained else AutoModel.from_pretrained(place, **kind)
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"--body {name} cannot be loaded ({reason}); give a folder that holds config.json, "
-            "model.safetensors and a tokenizer, or go online for a hub name"
-        ) from error
-
-    def tokenize(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    return roberta, tokenize
-
-
-class Body(nn.Module):
-    """g: the pretrained attention layers, (B, N, D) -> (B, N, D) (slide 7)."""
-
-    def __init__(self, roberta: nn.Module):
+    def __init__(self, roberta: nn.Module, grid: tuple):
         super().__init__()
         self.encoder = roberta.encoder
+        self.maps = [(grid, roberta.config.hidden_size)]  # of what it returns: patches, width
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.encoder(z).last_hidden_state
+    def forward(self, z: Tensor) -> list[Tensor]:
+        return [self.encoder(z).last_hidden_state]
+
+
+class ImageBody(nn.Module):
+    """g: the stages of a Swin transformer, (B, N, D) -> [(B, h, w, D), (B, h/2, w/2, 2D), ...]."""
+
+    def __init__(self, swin: nn.Module, grid: tuple):
+        super().__init__()
+        self.layers, self.norm, self.grid = swin.layers, swin.norm, grid
+        scales = [(i["num_chs"], i["reduction"]) for i in swin.feature_info]
+        size = swin.patch_embed.img_size
+        self.maps = [((size[0] // r, size[1] // r), D) for D, r in scales]
+
+    def forward(self, z: Tensor) -> list[Tensor]:
+        z, features = z.unflatten(1, self.grid), []  # (B, N, D) -> (B, h, w, D)
+        for layer in self.layers:
+            z = layer(z)
+            features.append(z)
+        return [*features[:-1], self.norm(z)]
 
 
 # ---- 5. Predictor h^t ----------------------------------------------------------------------------
 
 
 class Predictor(nn.Module):
-    """h: the mean over the patches, then a linear layer, (B, N, D) -> (B, K) (slide 8)."""
+    """h: from the features of g to predictions, in the units of y (slide 8).
 
-    def __init__(self, D: int, num_classes: int):
+    For a sample, (K,): the mean over the last patches, then a linear layer. For every point, (C, L)
+    or (C, H, W): from each stage a linear layer gives every patch its own points; their sum.
+    """
+
+    def __init__(self, maps: list, out_shape: tuple):
         super().__init__()
-        self.linear = nn.Linear(D, num_classes)
+        self.out_shape = tuple(out_shape)
+        self.register_buffer("mean", torch.zeros(self.out_shape))
+        self.register_buffer("std", torch.ones(self.out_shape))
+        if len(out_shape) == 1:
+            self.linear = nn.Linear(maps[-1][1], out_shape[0])
+        else:
+            fine = maps[0][0][0]  # patches along the first axis in the finest stage
+            points = max(math.ceil(p / n) for p, n in zip(out_shape[1:], maps[0][0], strict=True))
+            self.tiles = nn.ModuleList(
+                Tiles(D, out_shape[0], points * fine // grid[0], len(grid)) for grid, D in maps
+            )
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        if len(self.out_shape) == 1:
+            out = self.linear(features[-1].flatten(1, -2).mean(dim=1))  # (B, N, D) -> (B, K)
+        else:
+            out = sum(tiles(z) for tiles, z in zip(self.tiles, features, strict=True))
+            if out.ndim == 3:
+                out = out[..., : self.out_shape[-1]]  # f^t padded the series
+            else:
+                out = F.interpolate(out, self.out_shape[1:], mode="bilinear", antialias=True)
+        return self.mean + self.std * out
+
+
+class Tiles(nn.Module):
+    """A tile of points from each patch, put side by side: (B, N, D) -> (B, C, N p), 2D likewise."""
+
+    def __init__(self, D: int, C: int, p: int, axes: int):
+        super().__init__()
+        self.C, self.p = C, p
+        self.norm, self.linear = nn.LayerNorm(D), nn.Linear(D, C * p**axes)
+        nn.init.zeros_(self.linear.weight)  # so that training starts from the mean of y
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.linear(z.mean(dim=1))
+        z = self.linear(self.norm(z)).movedim(-1, 1)  # (B, C p, N) or (B, C p p, h, w)
+        if z.ndim == 4:
+            return F.pixel_shuffle(z, self.p)
+        return z.unflatten(1, (self.C, self.p)).transpose(2, 3).flatten(2)
 
 
 class Model(nn.Module):
-    """m^t = h^t o g o f^t (O1): what is trained, saved and used, (B, C, L) -> (B, K)."""
+    """m^t = h^t o g o f^t (O1): what is trained, saved and used; x to predictions."""
 
-    def __init__(self, roberta: nn.Module, x_shape: tuple, num_classes: int, patches: int):
+    def __init__(
+        self, net: nn.Module, x_shape: tuple, out_shape: tuple, patches: int, init: str = "body"
+    ):
         super().__init__()
-        self.f_t = Embedder(x_shape, roberta.embeddings, patches)
-        self.g = Body(roberta)
-        self.h_t = Predictor(roberta.config.hidden_size, num_classes)
+        series = len(x_shape) == 2
+        self.f_t = (SeriesEmbedder if series else ImageEmbedder)(x_shape, net, patches, init)
+        self.g = (SeriesBody if series else ImageBody)(net, self.f_t.grid)
+        self.h_t = Predictor(self.g.maps, out_shape)
+
+    def standardise(self, x_mean: Tensor, x_std: Tensor, y_mean: Tensor, y_std: Tensor) -> None:
+        """Take over the statistics of the training set, of tasks.statistics()."""
+        self.f_t.mean, self.f_t.std, self.h_t.mean, self.h_t.std = x_mean, x_std, y_mean, y_std
 
     def forward(self, x: Tensor) -> Tensor:
         return self.h_t(self.g(self.f_t(x)))  # (O1)
@@ -359,22 +432,22 @@ def finite(loss: Tensor, step: int, lr: float) -> Tensor:
     return loss
 
 
-def align(model: Model, z_s: Tensor, y_s: Tensor, train, cfg: Config, log: Log) -> None:
+def align(model: Model, z_s: Tensor, y_s: Tensor, task: tasks.Task, cfg: Config, log: Log) -> None:
     """Stage 2 (O2): train f^t alone so that its features come close to the source's.
 
     Args:
         z_s, y_s: pooled source features (n, D) and classes (n,), on the device of the model.
-        train: the target's training set.
+        task: the target; without classes it lends those that k-means makes of y.
     """
     rng = torch.Generator().manual_seed(cfg.seed)
-    labels = torch.tensor([int(y) for _, y in train])
+    pool, labels = tasks.some_classes(task, cfg.seed)
     D = distance_to(cfg.align, z_s, y_s)
     optimizer = torch.optim.AdamW(model.f_t.parameters(), cfg.align_lr, weight_decay=0.0)
     for epoch in range(cfg.align_epochs):
         total = norm = 0.0
         for _ in range(cfg.align_steps_per_epoch):
             rows = balanced_rows(labels, cfg.align_samples, rng)
-            x_t = torch.stack([train[row][0] for row in rows.tolist()]).to(z_s.device)
+            x_t = torch.stack([task.train[pool[row]][0] for row in rows.tolist()]).to(z_s.device)
             z_t = model.f_t(x_t).mean(dim=1)  # (m, C, L) -> (m, N, D) -> (m, D)
             loss = D(z_t, labels[rows].to(z_s.device))  # (O2)
             optimizer.zero_grad()
@@ -410,7 +483,7 @@ def finetune(model: Model, task: tasks.Task, cfg: Config, log: Log, weights: Pat
     for epoch in range(cfg.epochs):
         total = norm = 0.0
         model.train()
-        for x, y in progress(loader, f"epoch {epoch + 1}/{cfg.epochs}"):
+        for x, y in tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=None):
             x, y, lr = x.to(device), y.to(device), schedule.get_last_lr()[0]
             with autocast(device, cfg.precision):
                 loss = task.loss(model(x), y)  # (O3)
@@ -422,7 +495,7 @@ def finetune(model: Model, task: tasks.Task, cfg: Config, log: Log, weights: Pat
             scaler.update()
             schedule.step()
             total += loss.item() * len(x)
-        error = evaluate(model, task.val, task, cfg)
+        error = evaluate(model, "val", task, cfg)
         if error < best:
             best = error
             save_weights(model, weights)
@@ -430,13 +503,6 @@ def finetune(model: Model, task: tasks.Task, cfg: Config, log: Log, weights: Pat
         means = {"train_loss": total / len(task.train), "grad_norm": norm / n}
         log(epoch + 1, cfg.epochs, "finetune", lr=lr, **means, val_error=error)
     return best
-
-
-def progress(loader, text: str):
-    """The loader behind a progress bar; silent where the output is not a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(loader, text, leave=False, disable=None)
 
 
 def autocast(device: torch.device, precision: str):
@@ -449,16 +515,16 @@ def autocast(device: torch.device, precision: str):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, dataset, task: tasks.Task, cfg: Config) -> float:
-    """The task's error on all predictions at once."""
-    device = next(model.parameters()).device
+def evaluate(model: nn.Module, split: str, task: tasks.Task, cfg: Config) -> float:
+    """The task's error on all predictions for a split at once."""
+    dataset, device = getattr(task, split), next(model.parameters()).device
     model.eval()
     out, labels = [], []
     for x, y in DataLoader(dataset, 256):
         with autocast(device, cfg.precision):
             out.append(model(x.to(device)).float().cpu())
         labels.append(y)
-    return task.metric(torch.cat(out), torch.cat(labels))
+    return task.metric(*tasks.pooled(dataset, torch.cat(out), torch.cat(labels)))
 
 
 # ---- 9. Main -------------------------------------------------------------------------------------
@@ -489,32 +555,20 @@ def open_run(cfg: Config) -> Path:
 
 def save_weights(model: Model, path: Path) -> None:
     """Weights alone, in a format that executes nothing; an old file stays until this is whole."""
-    from safetensors.torch import save_file
-
     weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
     save_file(weights, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
 
-def load_weights(model: Model, path: Path) -> Model:
-    """Put saved weights into a model of the same shape."""
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(path))
-    return model
-
-
 def load(run: str | Path) -> Model:
-    """The model of a finished run, in evaluation mode: a batch (B, C, L) to predictions (B, K).
+    """The model of a finished run, in evaluation mode: a batch of x to predictions.
 
     Raises: FileNotFoundError if the directory holds no run.
     """
-    from transformers import AutoModel, RobertaConfig
-
     saved = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))["model"]
-    config = RobertaConfig(**saved.pop("body_config"))
-    model = Model(AutoModel.from_config(config, add_pooling_layer=False), **saved)
-    return load_weights(model, Path(run) / "model.safetensors").eval()
+    model = Model(bodies.rebuild(saved.pop("body")), **saved)
+    model.load_state_dict(load_file(Path(run) / "model.safetensors"))
+    return model.eval()
 
 
 def draw_curves(rows: list[dict], task: tasks.Task, test_error: float, path: Path) -> None:
@@ -545,42 +599,35 @@ def main(cfg: Config) -> dict:
     start, device = time.time(), pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     task = tasks.load_task(cfg.task, cfg.data, cfg.data_dir, cfg.seed, cfg.train_size or None)
-    roberta, tokenize = load_body(cfg.body)
-    shape = {"x_shape": task.x_shape, "num_classes": task.num_classes, "patches": cfg.patches}
-    model = Model(roberta, **shape)  # stage 1 (O1)
-    model.f_t.mean, model.f_t.std = channel_statistics(task.train)
+    cfg = resolve(cfg, task)
+    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
+    shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
+    model = Model(net, **shape, init=cfg.embedder_init)  # stage 1 (O1)
+    model.standardise(*tasks.statistics(task))
+    f_s = source_embedder(net).to(device)
     model.to(device)
-    f_s = roberta.embeddings.requires_grad_(False).eval().to(device)
     if cfg.align != "none":
-        size = (cfg.source_size, WINDOW)
-        source = tasks.load_source(cfg.source, tokenize, *size, cfg.seed, cfg.data_dir)
+        size = {"length": WINDOW, "size": 4 * math.isqrt(cfg.patches)}
+        rest = (cfg.source_size, cfg.seed, cfg.data_dir)
+        source = tasks.load_source(cfg.source, *rest, tokenize=tokenize, **size)
     out = open_run(cfg)
-    describe(cfg, task, model, out, {**shape, "body_config": roberta.config.to_dict()})
+    describe(cfg, task, model, out, {**shape, "body": bodies.describe(net)})
 
     log, weights = Log(out), out / "model.safetensors"
     if cfg.align != "none":  # stage 2 (O2)
         z_s = source_features(f_s, source, device)
-        align(model, z_s, source.y.to(device), task.train, cfg, log)
+        align(model, z_s, source.y.to(device), task, cfg, log)
     val_error = finetune(model, task, cfg, log, weights)  # stage 3 (O3)
-    test_error = evaluate(load_weights(model, weights), task.test, task, cfg)
-    result = {
-        "method": METHOD,
-        "task": cfg.task,
-        "data": task.data,
-        "body": cfg.body,
-        "source": cfg.source if cfg.align != "none" else "none",
-        "align": cfg.align,
-        "seed": cfg.seed,
-        "metric": task.metric_name,
-        "test_error": round(test_error, 6),
-        "val_error": round(val_error, 6),
-        "epochs": cfg.epochs,
-        "train_size": len(task.train),
-        "time_s": round(time.time() - start, 1),
-        "params_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
-        "device": str(device),
-        "precision": cfg.precision,
-    }
+    model.load_state_dict(load_file(weights))
+    test_error = evaluate(model, "test", task, cfg)
+    result = {"method": METHOD, "task": cfg.task, "data": task.data, "body": cfg.body}
+    result |= {"source": cfg.source if cfg.align != "none" else "none", "align": cfg.align}
+    result |= {"seed": cfg.seed, "metric": task.metric_name}
+    result |= {"test_error": round(test_error, 6), "val_error": round(val_error, 6)}
+    result |= {"epochs": cfg.epochs, "train_size": len(task.train)}
+    result |= {"time_s": round(time.time() - start, 1)}
+    result |= {"params_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 3)}
+    result |= {"device": str(device), "precision": cfg.precision}
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw_curves(log.rows, task, test_error, out / "curves.png")
     print("result", json.dumps(result), flush=True)
@@ -599,8 +646,9 @@ def describe(cfg: Config, task: tasks.Task, model: Model, out: Path, shape: dict
         f"seed={cfg.seed} torch={torch.__version__} params={count:.2f}M out={out}",
         flush=True,
     )
+    used = [name for name in ("torch", "transformers", "timm", "numpy") if name in sys.modules]
     versions = {"python": sys.version.split()[0]}
-    versions |= {name: sys.modules[name].__version__ for name in ("torch", "transformers", "numpy")}
+    versions |= {name: sys.modules[name].__version__ for name in used}
     content = {"config": asdict(cfg), "model": shape, "versions": versions, "command": sys.argv}
     (out / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -50,15 +50,17 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+import bodies
 import tasks
 
-# B batch, C channels, L length, N patches, D width of the body, K classes
+# B batch, C channels, L length or H x W, N patches, D width of the body, K classes
 METHOD = "pare"
-ROOT = Path(__file__).resolve().parent
 WINDOW = 64  # tokens of a source sample
 
 
@@ -82,10 +84,11 @@ class Config:
     train_size: int = opt(0, "training samples; 0: the task's own number", low=0)
     paper: bool = opt(False, "the paper's setting: real data, roberta-base, published values")
     # the parts (slides 6 to 8)
-    body: str = opt("tiny_roberta", "folder or hub name of g; random:NAME: the same, untrained")
-    source: str = opt("words", "source data set", tasks.SOURCES)
+    body: str = opt("", "folder or hub name of g; random:NAME: untrained; default: the tiny one")
+    source: str = opt("", "source data set; default: the task's", tasks.SOURCES)
     source_size: int = opt(2000, "source samples", low=2)
-    patches: int = opt(32, "N at most; sets the kernel = stride of f^t", low=1)
+    patches: int = opt(0, "N at most, 0: 32 for series, 256 (16 x 16) for images", low=0)
+    embedder_init: str = opt("body", "what f^t starts from", ("body", "random"))
     # patch replacement (slides 25 to 27)
     k0: int = opt(-1, "patches replaced in the first epoch; 0: none; -1: 70 % of them", low=-1)
     lam: str = opt("k/k0", "weight lambda of the source's loss in L_mix", ("k/k0", "k/N"))
@@ -108,13 +111,14 @@ class Config:
         for f in fields(self):
             value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
             flag = "--" + f.name.replace("_", "-")
-            if choices and value not in choices:
+            if choices and value not in (f.default, *choices):
                 raise ValueError(f"{flag} {value} is unknown; choose one of {', '.join(choices)}")
             if low is not None and not low <= value < math.inf:
                 raise ValueError(f"{flag} {value} is out of range; give a number of at least {low}")
 
 
-# Per task, what the paper's setting changes.
+# What a task changes: here on the embedded data, below in the paper's setting.
+EMBEDDED = {"cosmic": {"patches": 1024}}
 PAPER = {"data": "real", "body": "FacebookAI/roberta-base", "source": "conll2003"}
 PAPER |= {"source_size": 5000, "patches": 512, "lam": "k/N"}
 PRESETS = {
@@ -127,10 +131,19 @@ PRESETS = {
 # Copied from orca.configure
 def configure(**given) -> Config:
     """Defaults < preset of the task, with paper=True < what is given."""
-    task = given.get("task", "satellite")
-    if given.get("paper") and task not in PRESETS:
+    task, paper = given.get("task", "satellite"), given.get("paper")
+    if paper and task not in PRESETS:
         raise ValueError(f"--paper has no settings for '{task}'; it has {', '.join(PRESETS)}")
-    return Config(**{**(PRESETS[task] if given.get("paper") else {}), **given})
+    return Config(**{**(PRESETS[task] if paper else EMBEDDED.get(task, {})), **given})
+
+
+# Copied from orca.resolve
+def resolve(cfg: Config, task: tasks.Task) -> Config:
+    """Body, source and number of patches as they suit the task, where none was asked for."""
+    axes = len(task.x_shape)
+    parts = {"body": bodies.TINY[axes], "source": task.sources["embedded"]}
+    parts["patches"] = bodies.PATCHES[axes]
+    return replace(cfg, **{key: getattr(cfg, key) or value for key, value in parts.items()})
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
@@ -141,14 +154,6 @@ def batches(dataset, cfg: Config, seed: int) -> DataLoader:
     """The training set in a random order, which the seed fixes for all epochs of a run."""
     rng = torch.Generator().manual_seed(seed)
     return DataLoader(dataset, cfg.batch_size, shuffle=True, generator=rng)
-
-
-# Copied from orca.channel_statistics
-def channel_statistics(dataset) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, (C, 1) each; 1 where a channel is constant."""
-    x = torch.cat([x.double() for x, _ in DataLoader(dataset, 1024)])  # (n, C, L)
-    mean, std = x.mean(dim=(0, 2)), x.std(dim=(0, 2), correction=0)
-    return mean.float()[:, None], torch.where(std > 0, std, 1.0).float()[:, None]
 
 
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
@@ -165,22 +170,24 @@ def patch_length(L: int, most: int) -> int:
     return exact if exact <= 2 * need else need
 
 
-# Copied from orca.Embedder
-class Embedder(nn.Module):
+# Copied from orca.SeriesEmbedder
+class SeriesEmbedder(nn.Module):
     """f^t: standardise, cut into patches by a convolution, normalise, add positions (slide 8).
 
-    LayerNorm and positions start from the body's own tables, the convolution from random numbers.
+    LayerNorm and positions start from the body's own tables, the convolution from random numbers;
+    with init "random", all do.
     """
 
-    def __init__(self, x_shape: tuple, table: nn.Module, patches: int):
+    def __init__(self, x_shape: tuple, roberta: nn.Module, patches: int, init: str = "body"):
         super().__init__()
-        C, L = x_shape
+        (C, L), table = x_shape, roberta.embeddings
         self.patch = patch_length(L, patches)
         N, first = math.ceil(L / self.patch), table.padding_idx + 1
         D = table.position_embeddings.embedding_dim
         room = table.position_embeddings.num_embeddings - first
         if N > room:
             raise ValueError(f"--patches: {N} patches exceed the body's {room} positions")
+        self.grid = (N,)
         self.register_buffer("mean", torch.zeros(C, 1))
         self.register_buffer("std", torch.ones(C, 1))
         self.conv = nn.Conv1d(C, D, kernel_size=self.patch, stride=self.patch)
@@ -188,6 +195,9 @@ class Embedder(nn.Module):
         self.norm = copy.deepcopy(table.LayerNorm)
         position = table.position_embeddings.weight.detach()[first : first + N]
         self.position = nn.Parameter(position.clone())
+        if init == "random":
+            self.norm.reset_parameters()
+            nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
@@ -196,65 +206,81 @@ class Embedder(nn.Module):
         return self.norm(z) + self.position
 
 
+# Copied from orca.ImageEmbedder
+class ImageEmbedder(nn.Module):
+    """f^t: standardise, resize, cut into patches by a convolution, normalise (slide 8).
+
+    Starts as the body's own patch embedding, its three channels repeated for all C; with init
+    "random", from random numbers. Positions are the body's affair: Swin has relative ones.
+    """
+
+    def __init__(self, x_shape: tuple, swin: nn.Module, patches: int = 0, init: str = "body"):
+        super().__init__()
+        C, own = x_shape[0], swin.patch_embed
+        self.size, self.grid = own.img_size, own.grid_size  # pixels and patches, (H, W) each
+        self.register_buffer("mean", torch.zeros(C, 1, 1))
+        self.register_buffer("std", torch.ones(C, 1, 1))
+        self.conv = nn.Conv2d(C, own.proj.out_channels, own.patch_size, stride=own.patch_size)
+        nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
+        self.norm = copy.deepcopy(own.norm)
+        if init == "random":
+            self.norm.reset_parameters()
+        else:
+            repeated = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
+            self.conv.weight.data.copy_(repeated)
+            self.conv.bias.data.copy_(own.proj.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.mean) / self.std
+        x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        z = self.conv(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
+        return self.norm(z)
+
+
+# Copied from orca.source_embedder
+def source_embedder(net: nn.Module) -> nn.Module:
+    """f^s: the body's own, frozen: token ids (B, L) or images (B, 3, S, S) in 0..1 -> (B, N, D)."""
+    if hasattr(net, "embeddings"):
+        return net.embeddings.requires_grad_(False).eval()
+    f_s = ImageEmbedder((3,), net)
+    mean, std = (torch.tensor(net.pretrained_cfg[key]) for key in ("mean", "std"))
+    f_s.mean, f_s.std = mean[:, None, None], std[:, None, None]
+    return f_s.requires_grad_(False).eval()
+
+
 # ---- 4. Body g -----------------------------------------------------------------------------------
 
 
-# Copied from orca.load_body
-def load_body(name: str):
-    """The pretrained model around g, and its tokenizer, from a folder or the Hugging Face hub.
+# Copied from orca.SeriesBody
+class SeriesBody(nn.Module):
+    """g: the attention layers of a RoBERTa, (B, N, D) -> [(B, N, D)] (slide 7)."""
 
-    Args:
-        name: a folder in bodies/ or anywhere, or a hub name with a "/" in it; random:NAME takes
-            only the architecture (and the tokenizer) of NAME.
-    Returns: a RobertaModel without dropout; a function from texts to lists of token ids.
-    Raises: ValueError if there is no such body, or it is not a RoBERTa.
-    """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    wanted = name.removeprefix("random:")
-    folders = [path for path in (ROOT / "bodies" / wanted, Path(wanted)) if path.is_dir()]
-    if not folders and wanted.count("/") != 1:
-        raise ValueError(
-            f"--body {name}: no folder bodies/{wanted} or {wanted}; give tiny_roberta, a folder, "
-            "or a hub name such as FacebookAI/roberta-base"
-        )
-    place = str(folders[0]) if folders else wanted
-    try:
-        config = AutoConfig.from_pretrained(place)
-        if config.model_type != "roberta":
-            raise ValueError(f"it is a {config.model_type}; series take a RoBERTa")
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        kind = {"config": config, "add_pooling_layer": False}
-        untrained = name.startswith("random:")
-        roberta = (
-            AutoModel.from_config(**kind) if untrained else AutoModel.from_pretrained(place, **kind)
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"--body {name} cannot be loaded ({reason}); give a folder that holds config.json, "
-            "model.safetensors and a tokenizer, or go online for a hub name"
-        ) from error
-
-    def tokenize(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    return roberta, tokenize
-
-
-# Copied from orca.Body
-class Body(nn.Module):
-    """g: the pretrained attention layers, (B, N, D) -> (B, N, D) (slide 7)."""
-
-    def __init__(self, roberta: nn.Module):
+    def __init__(self, roberta: nn.Module, grid: tuple):
         super().__init__()
         self.encoder = roberta.encoder
+        self.maps = [(grid, roberta.config.hidden_size)]  # of what it returns: patches, width
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.encoder(z).last_hidden_state
+    def forward(self, z: Tensor) -> list[Tensor]:
+        return [self.encoder(z).last_hidden_state]
+
+
+# Copied from orca.ImageBody
+class ImageBody(nn.Module):
+    """g: the stages of a Swin transformer, (B, N, D) -> [(B, h, w, D), (B, h/2, w/2, 2D), ...]."""
+
+    def __init__(self, swin: nn.Module, grid: tuple):
+        super().__init__()
+        self.layers, self.norm, self.grid = swin.layers, swin.norm, grid
+        scales = [(i["num_chs"], i["reduction"]) for i in swin.feature_info]
+        size = swin.patch_embed.img_size
+        self.maps = [((size[0] // r, size[1] // r), D) for D, r in scales]
+
+    def forward(self, z: Tensor) -> list[Tensor]:
+        z, features = z.unflatten(1, self.grid), []  # (B, N, D) -> (B, h, w, D)
+        for layer in self.layers:
+            z = layer(z)
+            features.append(z)
+        return [*features[:-1], self.norm(z)]
 
 
 # ---- 5. Predictor h^t ----------------------------------------------------------------------------
@@ -262,25 +288,72 @@ class Body(nn.Module):
 
 # Copied from orca.Predictor
 class Predictor(nn.Module):
-    """h: the mean over the patches, then a linear layer, (B, N, D) -> (B, K) (slide 8)."""
+    """h: from the features of g to predictions, in the units of y (slide 8).
 
-    def __init__(self, D: int, num_classes: int):
+    For a sample, (K,): the mean over the last patches, then a linear layer. For every point, (C, L)
+    or (C, H, W): from each stage a linear layer gives every patch its own points; their sum.
+    """
+
+    def __init__(self, maps: list, out_shape: tuple):
         super().__init__()
-        self.linear = nn.Linear(D, num_classes)
+        self.out_shape = tuple(out_shape)
+        self.register_buffer("mean", torch.zeros(self.out_shape))
+        self.register_buffer("std", torch.ones(self.out_shape))
+        if len(out_shape) == 1:
+            self.linear = nn.Linear(maps[-1][1], out_shape[0])
+        else:
+            fine = maps[0][0][0]  # patches along the first axis in the finest stage
+            points = max(math.ceil(p / n) for p, n in zip(out_shape[1:], maps[0][0], strict=True))
+            self.tiles = nn.ModuleList(
+                Tiles(D, out_shape[0], points * fine // grid[0], len(grid)) for grid, D in maps
+            )
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        if len(self.out_shape) == 1:
+            out = self.linear(features[-1].flatten(1, -2).mean(dim=1))  # (B, N, D) -> (B, K)
+        else:
+            out = sum(tiles(z) for tiles, z in zip(self.tiles, features, strict=True))
+            if out.ndim == 3:
+                out = out[..., : self.out_shape[-1]]  # f^t padded the series
+            else:
+                out = F.interpolate(out, self.out_shape[1:], mode="bilinear", antialias=True)
+        return self.mean + self.std * out
+
+
+# Copied from orca.Tiles
+class Tiles(nn.Module):
+    """A tile of points from each patch, put side by side: (B, N, D) -> (B, C, N p), 2D likewise."""
+
+    def __init__(self, D: int, C: int, p: int, axes: int):
+        super().__init__()
+        self.C, self.p = C, p
+        self.norm, self.linear = nn.LayerNorm(D), nn.Linear(D, C * p**axes)
+        nn.init.zeros_(self.linear.weight)  # so that training starts from the mean of y
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.linear(z.mean(dim=1))
+        z = self.linear(self.norm(z)).movedim(-1, 1)  # (B, C p, N) or (B, C p p, h, w)
+        if z.ndim == 4:
+            return F.pixel_shuffle(z, self.p)
+        return z.unflatten(1, (self.C, self.p)).transpose(2, 3).flatten(2)
 
 
 # Copied from orca.Model
 class Model(nn.Module):
-    """m^t = h^t o g o f^t (O1): what is trained, saved and used, (B, C, L) -> (B, K)."""
+    """m^t = h^t o g o f^t (O1): what is trained, saved and used; x to predictions."""
 
-    def __init__(self, roberta: nn.Module, x_shape: tuple, num_classes: int, patches: int):
+    def __init__(
+        self, net: nn.Module, x_shape: tuple, out_shape: tuple, patches: int, init: str = "body"
+    ):
         super().__init__()
-        self.f_t = Embedder(x_shape, roberta.embeddings, patches)
-        self.g = Body(roberta)
-        self.h_t = Predictor(roberta.config.hidden_size, num_classes)
+        series = len(x_shape) == 2
+        self.f_t = (SeriesEmbedder if series else ImageEmbedder)(x_shape, net, patches, init)
+        self.g = (SeriesBody if series else ImageBody)(net, self.f_t.grid)
+        self.h_t = Predictor(self.g.maps, out_shape)
+
+    def standardise(self, x_mean: Tensor, x_std: Tensor, y_mean: Tensor, y_std: Tensor) -> None:
+        """Take over the statistics of the training set, of tasks.statistics()."""
+        self.f_t.mean, self.f_t.std, self.h_t.mean, self.h_t.std = x_mean, x_std, y_mean, y_std
 
     def forward(self, x: Tensor) -> Tensor:
         return self.h_t(self.g(self.f_t(x)))  # (O1)
@@ -356,31 +429,32 @@ def mixing_weight(kind: str, k: int, k0: int, N: int) -> float:
 class Mixer(nn.Module):
     """What training adds to the target model: the gate, and the source's f^s, data and h^s."""
 
-    def __init__(self, f_s: nn.Module, source: tasks.Source, D: int, seed: int):
+    def __init__(self, f_s: nn.Module, source: tasks.Source, maps: list, seed: int):
         super().__init__()
         self.f_s, self.source = f_s.requires_grad_(False).eval(), source
-        self.gate = Gate(D)
-        self.h_s = Predictor(D, len(source.classes))
+        self.gate = Gate(maps[0][1])
+        self.h_s = Predictor(maps, source.out_shape)
         self.rng = torch.Generator().manual_seed(seed)
 
     def loss(self, model: Model, task: tasks.Task, x_t: Tensor, y_t: Tensor, k: int, cfg: Config):
         """The loss of a batch (P6). One pass of the body takes [target; mixture] together.
 
         Args:
-            x_t, y_t: target batch, (B, C, L) and its labels, on the device of the model.
+            x_t, y_t: target batch and its labels, on the device of the model.
             k: patches to replace; with 0 the mixture is the target itself, and the loss plain.
         """
-        z_t = model.f_t(x_t)  # (B, C, L) -> (B, N, D)
+        z_t = model.f_t(x_t)  # (B, N, D)
         if k == 0:
             return task.loss(model.h_t(model.g(z_t)), y_t)
         rows = torch.randint(len(self.source.y), (len(x_t),), generator=self.rng)
         x_s, y_s = self.source.x[rows].to(x_t.device), self.source.y[rows].to(x_t.device)
-        z_s = self.f_s(x_s)  # (B, N_s) token ids -> (B, N_s, D)
+        z_s = self.f_s(x_s)  # (B, N_s, D)
         z_mix = replace_patches(z_t, z_s, self.gate(z_t), self.gate(z_s), k)
-        features, mixed = model.g(torch.cat([z_t, z_mix])).chunk(2)  # (2B, N, D) -> 2 x (B, N, D)
+        stages = [z.chunk(2) for z in model.g(torch.cat([z_t, z_mix]))]  # 2B samples -> 2 x B
+        features, mixed = zip(*stages, strict=True)
         lam = mixing_weight(cfg.lam, k, cfg.k0, z_t.shape[1])
         target = task.loss(model.h_t(features), y_t)
-        mix_t, mix_s = task.loss(model.h_t(mixed), y_t), F.cross_entropy(self.h_s(mixed), y_s)
+        mix_t, mix_s = task.loss(model.h_t(mixed), y_t), self.source.loss(self.h_s(mixed), y_s)
         return target + cfg.mix_weight * ((1 - lam) * mix_t + lam * mix_s)  # (P5), (P6)
 
 
@@ -445,7 +519,7 @@ def finetune(
         total = norm = 0.0
         k = patches_to_replace(cfg.k0, epoch, cfg.epochs)
         model.train()
-        for x, y in progress(loader, f"epoch {epoch + 1}/{cfg.epochs}"):
+        for x, y in tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=None):
             x, y, lr = x.to(device), y.to(device), schedule.get_last_lr()[0]
             with autocast(device, cfg.precision):
                 loss = mixer.loss(model, task, x, y, k, cfg)
@@ -457,23 +531,15 @@ def finetune(
             scaler.update()
             schedule.step()
             total += loss.item() * len(x)
-        error = evaluate(model, task.val, task, cfg)
+        error = evaluate(model, "val", task, cfg)
         if error < best:
             best = error
             save_weights(model, weights)
         n = len(loader)
         means = {"train_loss": total / len(task.train), "grad_norm": norm / n}
-        lam = mixing_weight(cfg.lam, k, cfg.k0, model.f_t.position.shape[0])
+        lam = mixing_weight(cfg.lam, k, cfg.k0, math.prod(model.f_t.grid))
         log(epoch + 1, cfg.epochs, "finetune", k=k, lam=lam, lr=lr, **means, val_error=error)
     return best
-
-
-# Copied from orca.progress
-def progress(loader, text: str):
-    """The loader behind a progress bar; silent where the output is not a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(loader, text, leave=False, disable=None)
 
 
 # Copied from orca.autocast
@@ -488,16 +554,16 @@ def autocast(device: torch.device, precision: str):
 
 # Copied from orca.evaluate
 @torch.no_grad()
-def evaluate(model: nn.Module, dataset, task: tasks.Task, cfg: Config) -> float:
-    """The task's error on all predictions at once."""
-    device = next(model.parameters()).device
+def evaluate(model: nn.Module, split: str, task: tasks.Task, cfg: Config) -> float:
+    """The task's error on all predictions for a split at once."""
+    dataset, device = getattr(task, split), next(model.parameters()).device
     model.eval()
     out, labels = [], []
     for x, y in DataLoader(dataset, 256):
         with autocast(device, cfg.precision):
             out.append(model(x.to(device)).float().cpu())
         labels.append(y)
-    return task.metric(torch.cat(out), torch.cat(labels))
+    return task.metric(*tasks.pooled(dataset, torch.cat(out), torch.cat(labels)))
 
 
 # ---- 9. Main -------------------------------------------------------------------------------------
@@ -531,34 +597,21 @@ def open_run(cfg: Config) -> Path:
 # Copied from orca.save_weights
 def save_weights(model: Model, path: Path) -> None:
     """Weights alone, in a format that executes nothing; an old file stays until this is whole."""
-    from safetensors.torch import save_file
-
     weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
     save_file(weights, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
 
-# Copied from orca.load_weights
-def load_weights(model: Model, path: Path) -> Model:
-    """Put saved weights into a model of the same shape."""
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(path))
-    return model
-
-
 # Copied from orca.load
 def load(run: str | Path) -> Model:
-    """The model of a finished run, in evaluation mode: a batch (B, C, L) to predictions (B, K).
+    """The model of a finished run, in evaluation mode: a batch of x to predictions.
 
     Raises: FileNotFoundError if the directory holds no run.
     """
-    from transformers import AutoModel, RobertaConfig
-
     saved = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))["model"]
-    config = RobertaConfig(**saved.pop("body_config"))
-    model = Model(AutoModel.from_config(config, add_pooling_layer=False), **saved)
-    return load_weights(model, Path(run) / "model.safetensors").eval()
+    model = Model(bodies.rebuild(saved.pop("body")), **saved)
+    model.load_state_dict(load_file(Path(run) / "model.safetensors"))
+    return model.eval()
 
 
 # Copied from orca.draw_curves
@@ -590,39 +643,34 @@ def main(cfg: Config) -> dict:
     start, device = time.time(), pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     task = tasks.load_task(cfg.task, cfg.data, cfg.data_dir, cfg.seed, cfg.train_size or None)
-    roberta, tokenize = load_body(cfg.body)
-    shape = {"x_shape": task.x_shape, "num_classes": task.num_classes, "patches": cfg.patches}
-    model = Model(roberta, **shape)
-    model.f_t.mean, model.f_t.std = channel_statistics(task.train)
+    cfg = resolve(cfg, task)
+    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
+    shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
+    model = Model(net, **shape, init=cfg.embedder_init)
+    model.standardise(*tasks.statistics(task))
+    f_s = source_embedder(net)
+    cfg = replace(cfg, k0=first_k(cfg, N=math.prod(model.f_t.grid)))
+    size = {"length": max(WINDOW, cfg.k0), "size": 4 * math.isqrt(cfg.patches)}
+    size["masks"] = len(task.out_shape) == 3
+    rest = (cfg.source_size, cfg.seed, cfg.data_dir)
+    source = tasks.load_source(cfg.source, *rest, tokenize=tokenize, **size)
     model.to(device)
-    cfg = replace(cfg, k0=first_k(cfg, N=len(model.f_t.position)))
-    size = (cfg.source_size, max(WINDOW, cfg.k0))
-    source = tasks.load_source(cfg.source, tokenize, *size, cfg.seed, cfg.data_dir)
-    mixer = Mixer(roberta.embeddings, source, roberta.config.hidden_size, cfg.seed).to(device)
+    mixer = Mixer(f_s, source, model.g.maps, cfg.seed).to(device)
     out = open_run(cfg)
-    describe(cfg, task, model, out, {**shape, "body_config": roberta.config.to_dict()})
+    describe(cfg, task, model, out, {**shape, "body": bodies.describe(net)})
 
     log, weights = Log(out), out / "model.safetensors"
     val_error = finetune(model, mixer, task, cfg, log, weights)
-    test_error = evaluate(load_weights(model, weights), task.test, task, cfg)
-    result = {
-        "method": METHOD,
-        "task": cfg.task,
-        "data": task.data,
-        "body": cfg.body,
-        "source": cfg.source,
-        "align": "none",
-        "seed": cfg.seed,
-        "metric": task.metric_name,
-        "test_error": round(test_error, 6),
-        "val_error": round(val_error, 6),
-        "epochs": cfg.epochs,
-        "train_size": len(task.train),
-        "time_s": round(time.time() - start, 1),
-        "params_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
-        "device": str(device),
-        "precision": cfg.precision,
-    }
+    model.load_state_dict(load_file(weights))
+    test_error = evaluate(model, "test", task, cfg)
+    result = {"method": METHOD, "task": cfg.task, "data": task.data, "body": cfg.body}
+    result |= {"source": cfg.source, "align": "none"}
+    result |= {"seed": cfg.seed, "metric": task.metric_name}
+    result |= {"test_error": round(test_error, 6), "val_error": round(val_error, 6)}
+    result |= {"epochs": cfg.epochs, "train_size": len(task.train)}
+    result |= {"time_s": round(time.time() - start, 1)}
+    result |= {"params_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 3)}
+    result |= {"device": str(device), "precision": cfg.precision}
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw_curves(log.rows, task, test_error, out / "curves.png")
     print("result", json.dumps(result), flush=True)
@@ -642,8 +690,9 @@ def describe(cfg: Config, task: tasks.Task, model: Model, out: Path, shape: dict
         f"seed={cfg.seed} torch={torch.__version__} params={count:.2f}M out={out}",
         flush=True,
     )
+    used = [name for name in ("torch", "transformers", "timm", "numpy") if name in sys.modules]
     versions = {"python": sys.version.split()[0]}
-    versions |= {name: sys.modules[name].__version__ for name in ("torch", "transformers", "numpy")}
+    versions |= {name: sys.modules[name].__version__ for name in used}
     content = {"config": asdict(cfg), "model": shape, "versions": versions, "command": sys.argv}
     (out / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

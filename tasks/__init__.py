@@ -1,10 +1,10 @@
 """The only door to data: load_task() for targets, load_source() for sources (proxy data sets).
 
-A target task is a name in NAMES, on simulated or real data, or a FILE.npz of your own:
-arrays x_train, y_train, x_test, y_test and, optionally, x_val, y_val, where x is (n, L) or
-(n, C, L) and y is (n,) with the classes 0..C-1.
+A target task is a name in NAMES, on simulated or real data, or a FILE.npz of your own (own.py says
+what it holds). What every task has in common is the record Task below.
 """
 
+import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from tasks import files, metrics
+from tasks import metrics, own
 
-NAMES = ("satellite",)
-SOURCES = ("words", "conll2003")
+NAMES = ("cifar100", "spherical", "darcy", "psicov", "cosmic", "ninapro", "fsd50k", "ecg")
+NAMES += ("satellite", "deepsea")  # NAS-Bench-360
+TEXTS, IMAGES = ("words", "conll2003"), ("shapes", "cifar10", "tiny_imagenet", "voc")
+SOURCES = TEXTS + IMAGES
 HOLD_OUT = 10  # where no validation set comes with the data: one training sample in so many
+ENOUGH = 5000  # training samples that statistics and alignment are content with
+CLUSTERS = 10  # classes made of targets that have none
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,10 @@ class Task:
     name: str
     title: str
     data: str  # "simulated", "real" or "file"
-    x_shape: tuple[int, ...]  # of one sample: (C, L)
-    y_shape: tuple[int, ...]  # of one label: () for classes
-    kind: str  # "classes"
-    num_classes: int
+    x_shape: tuple[int, ...]  # of one sample: (C, L) or (C, H, W)
+    y_shape: tuple[int, ...]  # of one label: () for classes, (K,), (C, L) or (C, H, W)
+    kind: str  # "classes", "labels" (several at once), "mask" or "regression"
+    num_classes: int  # K of classes or labels; else the channels of y
     loss: Callable[[Tensor, Tensor], Tensor]  # of a batch of outputs and labels, a scalar
     metric: Callable[[Tensor, Tensor], float]  # of all outputs and labels at once; lower is better
     metric_name: str
@@ -42,15 +47,29 @@ class Task:
     val: Dataset
     test: Dataset
 
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Of the prediction for one sample: (K,), (C, L) or (C, H, W)."""
+        return (self.num_classes,) if self.kind == "classes" else self.y_shape
+
 
 @dataclass(frozen=True)
 class Source:
     """A source (proxy) data set: what f^s takes, with labels."""
 
     name: str
-    x: Tensor  # token ids, (n, L) int64
-    y: Tensor  # classes, (n,) int64
+    x: Tensor  # token ids, (n, L) int64, or images, (n, 3, S, S) float32 in 0..1
+    y: Tensor  # classes, (n,) int64, or masks, (n, 1, S, S) float32
     classes: list[str]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Of the prediction for one sample: (K,) or (1, S, S)."""
+        return (len(self.classes),) if self.y.ndim == 1 else tuple(self.y.shape[1:])
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        """Of h^s, for a batch: cross-entropy of classes, or of the pixels of masks."""
+        return (metrics.cross_entropy if self.y.ndim == 1 else metrics.bce)(out, y)
 
 
 def load_task(
@@ -73,24 +92,20 @@ def load_task(
     if train_size is not None and train_size < 1:
         raise ValueError(f"train_size={train_size} is no number of samples; give 1 or more")
     if name.endswith(".npz"):
-        record, arrays = _own(Path(name), seed)
+        record, sets = _own(Path(name), seed)
         data = "file"
     elif name not in NAMES:
         raise ValueError(f"no task '{name}'; choose one of {', '.join(NAMES)}, or your FILE.npz")
     elif data == "simulated":
-        record, arrays = _simulated(name, seed, train_size)
+        record, sets = _simulated(name, seed, train_size)
     elif data == "real":
-        record, arrays = _real(name, Path(root), seed)
+        record, sets = _real(name, Path(root), seed)
     else:
         raise ValueError(f"no data '{data}'; choose simulated or real")
-    sets = {
-        split: TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
-        for split, (x, y) in arrays.items()
-    }
     if train_size is not None and train_size != len(sets["train"]):
         sets["train"] = _subset(sets["train"], train_size, seed)
-    record["loss"] = getattr(metrics, record["loss"])
-    record["metric"] = getattr(metrics, record["metric"])
+    x, y = sets["train"][0]  # real samples can be larger than simulated ones (PSICOV)
+    record |= {"x_shape": tuple(x.shape), "y_shape": tuple(y.shape)}
     return Task(name=name, data=data, **record, **sets)
 
 
@@ -102,128 +117,181 @@ def _subset(dataset: Dataset, size: int, seed: int) -> Subset:
 
 
 def _record(module) -> dict:
-    return {key: value for key, value in module.TASK.items() if key != "sizes"}
+    return {key: value for key, value in module.TASK.items() if key not in ("sizes", "splits")}
+
+
+def _dataset(data: tuple | Dataset) -> Dataset:
+    return data if isinstance(data, Dataset) else TensorDataset(*map(torch.from_numpy, data))
 
 
 def _simulated(name: str, seed: int, train_size: int | None) -> tuple[dict, dict]:
     module = importlib.import_module(f"tasks.{name}")
     sizes = dict(module.TASK["sizes"])
     sizes["train"] = train_size or sizes["train"]
-    splits = {s: module.simulate(n, [seed, i]) for i, (s, n) in enumerate(sizes.items())}
-    return _record(module), splits
+    sets = {s: _dataset(module.simulate(n, [seed, i])) for i, (s, n) in enumerate(sizes.items())}
+    return _record(module), sets
 
 
 def _real(name: str, root: Path, seed: int) -> tuple[dict, dict]:
     module = importlib.import_module(f"tasks.{name}")
-    splits = {split: module.read(root, split) for split in ("train", "test")}
-    splits["train"], splits["val"] = hold_out(*splits["train"], seed)
-    return _record(module), splits
+    sets = {split: _dataset(module.read(root, split)) for split in module.TASK["splits"]}
+    if "val" not in sets:
+        sets["train"], sets["val"] = _held_out(sets["train"], seed)
+    return _record(module), sets
 
 
-def hold_out(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[tuple, tuple]:
-    """Split off every tenth sample, in the order of the classes: as good as a tenth of each class.
+def _held_out(train: Dataset, seed: int) -> tuple[Subset, Subset]:
+    """Split a validation set off the training set."""
+    tensors = getattr(train, "tensors", None)  # a data set that is not in memory has none
+    classes = tensors is not None and tensors[1].ndim == 1
+    labels = tensors[1].numpy() if classes else np.zeros(len(train), dtype=np.int64)
+    kept, held = hold_out(labels, seed)
+    still = copy.copy(train)
+    if hasattr(still, "fixed"):  # a data set that varies its samples: not those of validation
+        still.fixed = True
+    return Subset(train, kept.tolist()), Subset(still, held.tolist())
 
-    Returns: ((x_train, y_train), (x_val, y_val)); every class keeps a sample to train on.
+
+def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose every tenth sample, in the order of the classes: as good as a tenth of each class.
+
+    Args:
+        labels: the class of each sample, (n,); all equal where there are no classes.
+    Returns: the rows to train on, and those held out; every class keeps a sample to train on.
     Raises: ValueError if there are too few samples.
     """
-    order = np.random.default_rng(seed).permutation(len(y))
-    order = order[np.argsort(y[order], kind="stable")]  # by class, at random within a class
-    _, first = np.unique(y[order], return_index=True)
-    held = np.zeros(len(y), dtype=bool)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # by class, at random within a class
+    _, first = np.unique(labels[order], return_index=True)
+    held = np.zeros(len(labels), dtype=bool)
     held[order[HOLD_OUT - 1 :: HOLD_OUT]] = True
     held[order[first]] = False
     if not held.any():
         raise ValueError(
-            f"{len(y)} training samples are too few to hold some out for validation; "
+            f"{len(labels)} training samples are too few to hold some out for validation; "
             f"give x_val and y_val, or at least {HOLD_OUT} samples"
         )
-    return (x[~held], y[~held]), (x[held], y[held])
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def _own(path: Path, seed: int) -> tuple[dict, dict]:
-    """A task from a file of the user's own: what it is follows from the arrays."""
-    required = ("x_train", "y_train", "x_test", "y_test")
-    arrays = files.read_npz(path, required, optional=("x_val", "y_val"))
-    if ("x_val" in arrays) != ("y_val" in arrays):
-        raise ValueError(f"{path}: x_val and y_val go together; give both or neither")
-    splits = {}
-    for split in ("train", "val", "test"):
-        if f"x_{split}" in arrays:
-            splits[split] = _own_split(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"])
-    shapes = {split: x.shape[1:] for split, (x, _) in splits.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"{path}: samples differ in shape between the splits: {shapes}")
-    labels = np.unique(splits["train"][1])
-    num_classes = int(max(y.max() for _, y in splits.values())) + 1
-    if not np.array_equal(labels, np.arange(num_classes)) or num_classes < 2:
-        raise ValueError(
-            f"{path}: y_train holds the labels {_shown(labels)}, expected all of 0..C-1 with "
-            f"C >= 2 (the largest label anywhere is {num_classes - 1}); number the classes from 0"
-        )
-    if "val" not in splits:
+    record, splits = own.read(path)
+    sets = {split: _dataset(pair) for split, pair in splits.items()}
+    if "val" not in sets:
         try:
-            splits["train"], splits["val"] = hold_out(*splits["train"], seed)
+            sets["train"], sets["val"] = _held_out(sets["train"], seed)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    record = {
-        "title": f"your data: {path.name}",
-        "x_shape": shapes["train"],
-        "y_shape": (),
-        "kind": "classes",
-        "num_classes": num_classes,
-        "loss": "cross_entropy",
-        "metric": "zero_one",
-        "metric_name": "0-1 error",
-        "sources": {"embedded": "words", "paper": "conll2003"},
-        "published": {},
-    }
-    return record, splits
+    return record, sets
 
 
-def _own_split(path: Path, split: str, x: np.ndarray, y: np.ndarray) -> tuple:
-    """Check one split: x to float32 (n, C, L), y to int64 (n,)."""
-    if x.ndim not in (2, 3):
-        raise ValueError(
-            f"{path}: x_{split} has shape {x.shape}, expected (n, L) or (n, C, L): series of "
-            "length L, of C channels"
-        )
-    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(
-            f"{path}: y_{split} has shape {y.shape} and type {y.dtype}, expected whole-number "
-            "class labels of shape (n,)"
-        )
-    if len(x) != len(y):
-        raise ValueError(f"{path}: x_{split} has {len(x)} samples but y_{split} has {len(y)}")
-    if y.min() < 0:
-        raise ValueError(f"{path}: y_{split} holds the label {y.min()}, expected 0..C-1")
-    x = x[:, None] if x.ndim == 2 else x
-    return np.ascontiguousarray(x, dtype=np.float32), y.astype(np.int64)
+# ---- what the methods compute of a task ----
 
 
-def _shown(labels: np.ndarray) -> str:
-    some = [str(label) for label in labels[:5]]
-    return ", ".join(some) + (f", ..., {labels[-1]}" if len(labels) > 5 else "")
+def statistics(task: Task, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Means and standard deviations: of x for each channel, of y for each entry.
+
+    Returns: x_mean, x_std, (C, 1) or (C, 1, 1), with 1 for the deviation of a constant channel;
+        y_mean, y_std, of the shape of the prediction: of regression targets where they are known,
+        else 0 and 1.
+    From the training set, or ENOUGH random samples of it where it is larger.
+    """
+    x, y = zip(*DataLoader(_some(task.train, seed), 1024), strict=True)
+    x = torch.cat(x).double()  # (n, C, L) or (n, C, H, W)
+    axes = (0, *range(2, x.ndim))
+    mean, std = x.mean(dim=axes, keepdim=True)[0], x.std(dim=axes, keepdim=True, correction=0)[0]
+    std = torch.where(std > 0, std, 1.0)
+    y_mean, y_std = torch.zeros(task.out_shape), torch.ones(task.out_shape)
+    if task.kind == "regression":
+        y = torch.cat(y).double()
+        known = ~y.isnan()
+        count, y = known.sum(dim=0).clamp(min=1), torch.nan_to_num(y)
+        y_mean = y.sum(dim=0) / count
+        y_std = (((y - y_mean) * known).square().sum(dim=0) / count).sqrt()
+    return mean.float(), std.float(), y_mean.float(), y_std.float()
+
+
+def pooled(dataset: Dataset, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and labels as the metric counts them: samples of one group become one, on average.
+
+    Only FSD50K has groups: a clip is cut into chunks, which share its labels.
+    """
+    groups = getattr(dataset, "groups", None)
+    if groups is None:
+        return out, y
+    _, group = torch.as_tensor(groups).unique(return_inverse=True)
+    n = int(group.max()) + 1
+    count = torch.bincount(group, minlength=n).unsqueeze(1)
+    mean = torch.zeros(n, out.shape[1]).index_add(0, group, out) / count
+    return mean, torch.zeros(n, *y.shape[1:], dtype=y.dtype).index_copy(0, group, y)
+
+
+def some_classes(task: Task, seed: int = 0) -> tuple[list[int], Tensor]:
+    """Training samples and classes of theirs, for distances that need labels (OTDD).
+
+    Targets that are no classes are put into CLUSTERS clusters by k-means, on targets that were
+    averaged down to at most 1024 numbers, so that memory stays small.
+
+    Returns: rows of the training set, ENOUGH at most; the class of each, (m,) int64.
+    """
+    rows = _some(task.train, seed).indices
+    y = torch.stack([torch.as_tensor(task.train[row][1]) for row in rows])
+    if task.kind == "classes":
+        return rows, y
+    from scipy.cluster.vq import kmeans2
+
+    y = torch.nan_to_num(y.float())
+    if y.ndim == 4:
+        y = F.adaptive_avg_pool2d(y, 32 // round(y.shape[1] ** 0.5))
+    elif y.ndim == 3:
+        y = F.adaptive_avg_pool1d(y, 1024 // y.shape[1])
+    y = y.flatten(1).double().numpy()
+    clusters = min(CLUSTERS, len(np.unique(y, axis=0)))
+    _, label = kmeans2(y, clusters, iter=30, minit="++", missing="warn", rng=seed)
+    return rows, torch.from_numpy(label).long()
+
+
+def _some(dataset: Dataset, seed: int) -> Subset:
+    """ENOUGH random samples, in their order; or all, where there are no more."""
+    rows = np.arange(len(dataset))
+    if len(rows) > ENOUGH:
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:ENOUGH])
+    return Subset(dataset, rows.tolist())
 
 
 def load_source(
     name: str,
-    tokenize: Callable[[list[str]], list[list[int]]],
     n: int = 2000,
-    length: int = 64,
     seed: int = 0,
     root: str | Path = "data",
+    *,
+    tokenize: Callable[[list[str]], list[list[int]]] | None = None,
+    length: int = 64,
+    size: int = 64,
+    masks: bool = False,
 ) -> Source:
-    """Load n windows of `length` tokens of a text source.
+    """Load n samples of a source: windows of a text, or images.
 
     Args:
         name: one of SOURCES.
-        tokenize: texts to lists of token ids, without special tokens; the body's tokenizer.
         root: the directory with the real data.
+        tokenize, length: of a text: texts to lists of token ids, without special tokens (the
+            body's tokenizer); tokens in a window.
+        size, masks: of images: height and width in pixels; whether y is where the objects are.
     Raises: ValueError or FileNotFoundError, one line that says what to do.
     """
     if name not in SOURCES:
         raise ValueError(f"no source '{name}'; choose one of {', '.join(SOURCES)}")
+    takes, fit = ("images", IMAGES) if tokenize is None else ("text", TEXTS)
+    if name not in fit:
+        raise ValueError(
+            f"source '{name}' does not suit this task, whose body takes {takes}; choose one of "
+            f"{', '.join(fit)}"
+        )
     module = importlib.import_module(f"tasks.sources.{name}")
-    extra = {"root": root} if name == "conll2003" else {}
-    x, y, classes = module.load(tokenize, n, length, seed, **extra)
+    if name in IMAGES:
+        x, y, classes = module.load(n, size, seed, root=root, masks=masks)
+    else:
+        extra = {"root": root} if name == "conll2003" else {}
+        x, y, classes = module.load(tokenize, n, length, seed, **extra)
     return Source(name, torch.from_numpy(x), torch.from_numpy(y), classes)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks import files
+from tasks import files, metrics
 
 # name: v0 winter level, v1 summer level, S start and A end of season (day of year), their slopes
 COVER = {
@@ -114,10 +114,11 @@ TASK = {
     "y_shape": (),
     "kind": "classes",
     "num_classes": 24,
-    "loss": "cross_entropy",
-    "metric": "zero_one",
+    "loss": metrics.cross_entropy,
+    "metric": metrics.zero_one,
     "metric_name": "0-1 error",
     "sources": {"embedded": "words", "paper": "conll2003"},
+    "splits": ("train", "test"),
     "sizes": {"train": 2400, "val": 600, "test": 2400},
     "published": {
         "Hand-designed": 0.1980,

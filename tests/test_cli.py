@@ -83,7 +83,7 @@ def test_bad_flags_are_one_line_and_code_2(script, argv, message, capsys):
 BAD_RUNS = {
     "unknown task": (
         "--task satelite",
-        "no task 'satelite'; choose one of satellite, or your FILE",
+        "no task 'satelite'; choose one of cifar100, spherical, darcy",
     ),
     "missing file": ("--task nothing.npz", "nothing.npz"),
     "no real data": ("--data real --data-dir nowhere", "satellite_train.npy"),
@@ -122,12 +122,15 @@ BAD_FILES = {
     "mismatch": ({"y_train": np.array([0, 1, 0])}, "x_train has 8 samples but y_train has 3"),
     "labels from 1": ({"y_train": np.array([1, 2] * 4)}, "the labels 1, 2, expected all of 0..C-1"),
     "a gap": ({"y_train": np.array([0, 2] * 4)}, "the labels 0, 2, expected all of 0..C-1"),
-    "unseen": ({"y_test": np.array([0, 1, 2, 3])}, "the largest label anywhere is 3"),
-    "negative": ({"y_train": np.array([0, -1] * 4)}, "y_train holds the label -1"),
+    "unseen": ({"y_test": np.array([0, 1, 2, 3])}, "the labels of all splits are in 0..3"),
+    "negative": ({"y_train": np.array([0, -1] * 4)}, "the labels of all splits are in -1..1"),
     "one class": ({"y_train": np.zeros(8, int), "y_test": np.zeros(4, int)}, "C >= 2"),
-    "float labels": ({"y_train": np.array([0.5, 1.0] * 4)}, "expected whole-number class labels"),
-    "other length": ({"x_test": np.zeros((4, 19))}, "samples differ in shape"),
-    "a picture": ({"x_train": np.zeros((8, 3, 20, 20))}, "expected (n, L) or (n, C, L)"),
+    "float labels": ({"y_train": np.array([0.5, 1.0] * 4)}, "y differs in shape"),
+    "other length": ({"x_test": np.zeros((4, 19))}, "x differs in shape between the splits"),
+    "a film": (
+        {"x_train": np.zeros((8, 3, 5, 20, 20))},
+        "expected series, (n, L) or (n, C, L), or",
+    ),
     "half a validation set": ({"x_val": np.zeros((4, 20))}, "x_val and y_val go together"),
     "too few": ({"x_train": np.zeros((2, 20)), "y_train": np.array([0, 1])}, "too few to hold"),
 }

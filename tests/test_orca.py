@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import bodies
 import orca
 import tasks
 
@@ -16,17 +17,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def body():
-    return orca.load_body("tiny_roberta")
+    return bodies.load_body("tiny_roberta", (1, 46), 32)
 
 
 @pytest.fixture(scope="module")
 def source(body):
-    return tasks.load_source("words", body[1], 200, 32)
+    return tasks.load_source("words", 200, tokenize=body[1], length=32)
 
 
 def fresh(body, x_shape=(1, 46), num_classes=4, patches=512):
     torch.manual_seed(0)
-    return orca.Model(copy.deepcopy(body[0]), x_shape, num_classes, patches)
+    return orca.Model(copy.deepcopy(body[0]), x_shape, (num_classes,), patches)
 
 
 def state(model):
@@ -53,7 +54,7 @@ def test_O1_shapes_of_the_parts(body, C, L, patches, N):
     x = torch.randn(5, C, L)
     z = model.f_t(x)
     assert z.shape == (5, N, 128)
-    assert model.g(z).shape == (5, N, 128)
+    assert [features.shape for features in model.g(z)] == [(5, N, 128)]
     assert model.h_t(model.g(z)).shape == (5, 4)
     torch.testing.assert_close(model(x), model.h_t(model.g(model.f_t(x))))  # (O1)
 
@@ -63,7 +64,7 @@ def test_O1_body_and_source_embedder_are_the_library_s_own(body):
     roberta = copy.deepcopy(body[0]).eval()
     ids = torch.randint(5, 4000, (3, 20))
     with torch.no_grad():
-        ours = orca.Body(roberta)(roberta.embeddings(ids))
+        (ours,) = orca.SeriesBody(roberta, (20,))(orca.source_embedder(roberta)(ids))
         torch.testing.assert_close(ours, roberta(ids).last_hidden_state)
 
 
@@ -78,8 +79,9 @@ def test_embedder_starts_from_the_body_s_norm_and_positions(body):
 
 def test_embedder_standardises_by_the_training_set(series):
     task = tasks.load_task(str(series))
-    mean, std = orca.channel_statistics(task.train)
+    mean, std, y_mean, y_std = tasks.statistics(task)
     x = torch.stack([x for x, _ in task.train])
+    assert torch.equal(y_mean, torch.zeros(4)) and torch.equal(y_std, torch.ones(4))
     torch.testing.assert_close(mean, x.mean().view(1, 1))
     torch.testing.assert_close(std, x.std(correction=0).view(1, 1))
 
@@ -90,7 +92,7 @@ def test_more_patches_than_positions_is_refused(body):
 
 
 def test_random_body_has_the_shape_but_not_the_weights(body):
-    roberta, _ = orca.load_body("random:tiny_roberta")
+    roberta, _ = bodies.load_body("random:tiny_roberta", (1, 46), 32)
     for (name, a), b in zip(body[0].named_parameters(), roberta.parameters(), strict=True):
         assert a.shape == b.shape, name
     a, b = (r.encoder.layer[0].attention.self.query.weight for r in (body[0], roberta))
@@ -100,7 +102,7 @@ def test_random_body_has_the_shape_but_not_the_weights(body):
 def test_another_kind_of_body_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="cannot be loaded .it is a bert; series take a RoBERTa"):
-        orca.load_body(str(tmp_path))
+        bodies.load_body(str(tmp_path), (1, 46), 32)
 
 
 def test_balanced_rows_take_as_many_of_each_class():
@@ -118,7 +120,7 @@ def test_O2_lowers_its_distance_and_trains_f_t_alone(kind, body, source, series,
     assert z_s.shape == (200, 128) and not z_s.requires_grad
     cfg = orca.configure(align=kind, align_epochs=15, align_samples=64, align_lr=5e-3)
     log = orca.Log(tmp_path)
-    orca.align(model, z_s, source.y, task.train, cfg, log)
+    orca.align(model, z_s, source.y, task, cfg, log)
     distance = [row["distance"] for row in log.rows]
     assert distance[-1] < 0.8 * distance[0]
     assert changed(model, before) == {"f_t"}

@@ -103,8 +103,8 @@ class Toy(nn.Module):
     def __init__(self):
         super().__init__()
         self.f_t = nn.Linear(5, 5)  # "patches" are the rows of x, (B, N, 5)
-        self.g = nn.Tanh()
-        self.h_t = pare.Predictor(5, 3)
+        self.g = lambda z: [torch.tanh(z)]
+        self.h_t = pare.Predictor([((7,), 5)], (3,))
 
 
 @pytest.mark.parametrize("lam", ["k/k0", "k/N"])
@@ -113,7 +113,7 @@ def test_P5_P6_loss_is_the_weighted_sum(lam):
     model = Toy()
     table = nn.Embedding(20, 5)
     source = tasks.Source("toy", torch.randint(20, (8, 9)), torch.randint(4, (8,)), list("abcd"))
-    mixer = pare.Mixer(table, source, 5, seed=3)
+    mixer = pare.Mixer(table, source, [((7,), 5)], seed=3)
     task = type("task", (), {"loss": staticmethod(F.cross_entropy)})
     x, y, k = torch.randn(6, 7, 5), torch.randint(3, (6,)), 2
     cfg = pare.Config(k0=4, lam=lam, mix_weight=0.3)
@@ -133,7 +133,7 @@ def test_P6_without_patches_is_the_plain_loss():
     torch.manual_seed(0)
     model, x, y = Toy(), torch.randn(6, 7, 5), torch.randint(3, (6,))
     source = tasks.Source("toy", torch.zeros(8, 9, dtype=torch.long), torch.zeros(8).long(), ["a"])
-    mixer = pare.Mixer(nn.Embedding(2, 5), source, 5, seed=0)
+    mixer = pare.Mixer(nn.Embedding(2, 5), source, [((7,), 5)], seed=0)
     task = type("task", (), {"loss": staticmethod(F.cross_entropy)})
     got = mixer.loss(model, task, x, y, 0, pare.Config(k0=4))
     torch.testing.assert_close(got, F.cross_entropy(model.h_t(model.g(model.f_t(x))), y))

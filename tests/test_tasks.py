@@ -89,12 +89,12 @@ def test_splits_differ_and_follow_the_seed():
 
 def test_hold_out_takes_a_tenth_of_each_class():
     y = np.array([0] * 100 + [1] * 20 + [2] * 3)
-    (x_train, y_train), (x_val, y_val) = tasks.hold_out(np.arange(123), y, seed=0)
-    assert np.bincount(y_val).tolist() == [10, 2] and len(y_train) == 111
-    assert sorted([*x_train, *x_val]) == list(range(123))
+    kept, held = tasks.hold_out(y, seed=0)
+    assert np.bincount(y[held]).tolist() == [10, 2] and len(kept) == 111
+    assert sorted([*kept, *held]) == list(range(123))
     pairs = np.arange(24) // 2  # two of each class: each keeps one
-    (_, y_train), (_, y_val) = tasks.hold_out(pairs, pairs, seed=0)
-    assert set(y_train) == set(range(12)) and len(y_val) > 0
+    kept, held = tasks.hold_out(pairs, seed=0)
+    assert set(pairs[kept]) == set(range(12)) and len(held) > 0
 
 
 def test_own_data_with_and_without_a_validation_set(tmp_path):
@@ -156,9 +156,17 @@ def test_words_say_when_python_was_stripped_of_its_docs(tmp_path, monkeypatch):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="no task 'x'; choose one of satellite"):
+    with pytest.raises(
+        ValueError, match="no task 'x'; choose one of cifar100, .*, satellite, deepsea, or"
+    ):
         tasks.load_task("x")
-    with pytest.raises(ValueError, match="no source 'x'; choose one of words, conll2003"):
-        tasks.load_source("x", letters)
+    with pytest.raises(ValueError, match="no source 'x'; choose one of words, conll2003, shapes"):
+        tasks.load_source("x")
+    with pytest.raises(
+        ValueError, match="'words' does not suit this task, whose body takes images"
+    ):
+        tasks.load_source("words")
+    with pytest.raises(ValueError, match="'shapes' does not suit this task, whose body takes text"):
+        tasks.load_source("shapes", tokenize=letters)
     with pytest.raises(ValueError, match="no data 'fake'"):
         tasks.load_task("satellite", data="fake")

@@ -1,0 +1,117 @@
+"""The only door to pretrained bodies: load_body() from a name, rebuild() from a run's config.json.
+
+A body is what the libraries call a model: a RobertaModel of transformers for series, a
+SwinTransformer of timm for images. The methods take their embedders and g out of it.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+FOLDER = Path(__file__).resolve().parent
+TINY = {2: "tiny_roberta", 3: "tiny_swin"}  # len(x_shape): the body that comes with the project
+PATCHES = {2: 32, 3: 256}  # and how many patches suit it
+
+
+def load_body(
+    name: str, x_shape: tuple[int, ...], patches: int
+) -> tuple[nn.Module, Callable | None]:
+    """The pretrained model around g, and its tokenizer, from a folder or from a hub.
+
+    Args:
+        name: a folder, in bodies/ or anywhere, or a hub's name: of transformers for series (with
+            a "/" in it), of timm for images; random:NAME takes only the architecture of NAME.
+        x_shape: (C, L) of series or (C, H, W) of images; decides which kind of body it must be.
+        patches: that images are cut into, 4 x 4 pixels each: sets the size they are brought to.
+    Returns: the model, without dropout; for series a function from texts to lists of token ids,
+        for images None.
+    Raises: ValueError if there is no such body, or it is of another kind.
+    """
+    wanted = name.removeprefix("random:")
+    untrained = wanted != name
+    folders = [path for path in (FOLDER / wanted, Path(wanted)) if path.is_dir()]
+    place = str(folders[0]) if folders else wanted
+    series = len(x_shape) == 2
+    if not folders and not (wanted.count("/") == 1 or (not series and _timm_knows(wanted))):
+        raise ValueError(
+            f"--body {name}: no folder bodies/{wanted} or {wanted}; give {TINY[len(x_shape)]}, a "
+            f"folder, or a hub name such as "
+            f"{'FacebookAI/roberta-base' if series else 'swin_base_patch4_window7_224.ms_in22k'}"
+        )
+    try:
+        if series:
+            return _roberta(place, untrained)
+        return _swin(place, untrained, patches), None
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        holds = "config.json, model.safetensors" + (" and a tokenizer" if series else "")
+        raise ValueError(
+            f"--body {name} cannot be loaded ({reason}); give a folder that holds {holds}, or go "
+            "online for a hub name"
+        ) from error
+
+
+def _timm_knows(name: str) -> bool:
+    import timm
+
+    return timm.is_model(name.split(".")[0])
+
+
+def _roberta(place: str, untrained: bool) -> tuple[nn.Module, Callable]:
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(place)
+    if config.model_type != "roberta":
+        raise ValueError(f"it is a {config.model_type}; series take a RoBERTa")
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    kind = {"config": config, "add_pooling_layer": False}
+    model = AutoModel.from_config(**kind) if untrained else AutoModel.from_pretrained(place, **kind)
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    return model, tokenize
+
+
+def _swin(place: str, untrained: bool, patches: int) -> nn.Module:
+    import timm
+    from timm.models.swin_transformer import SwinTransformer
+
+    if Path(place).is_dir():
+        place = f"local-dir:{place}"
+    elif "/" in place:
+        place = f"hf-hub:{place}"
+    model = timm.create_model(
+        place,
+        pretrained=not untrained,
+        num_classes=0,
+        drop_path_rate=0.0,
+        img_size=4 * math.isqrt(patches),
+    )
+    if not isinstance(model, SwinTransformer):
+        raise ValueError(f"it is a {type(model).__name__}; images take a Swin transformer")
+    return model
+
+
+def describe(model: nn.Module) -> dict:
+    """What rebuild() needs to know, as plain data."""
+    if hasattr(model, "encoder"):
+        return {"library": "transformers", "config": model.config.to_dict()}
+    sizes = {key: value for key, value in model._model_args.items() if key != "num_classes"}
+    return {"library": "timm", "name": model.pretrained_cfg["architecture"], "sizes": sizes}
+
+
+def rebuild(saved: dict) -> nn.Module:
+    """The architecture that describe() told of, untrained."""
+    if saved["library"] == "transformers":
+        from transformers import AutoModel, RobertaConfig
+
+        return AutoModel.from_config(RobertaConfig(**saved["config"]), add_pooling_layer=False)
+    import timm
+
+    return timm.create_model(saved["name"], pretrained=False, num_classes=0, **saved["sizes"])
