@@ -121,7 +121,9 @@ class Config:
 
 
 # What a task changes: here on the embedded data, below in the paper's setting.
-EMBEDDED = {"cosmic": {"patches": 1024}}
+EPOCHS = {"cifar100": 12, "spherical": 12, "darcy": 15, "psicov": 40, "cosmic": 10}
+EPOCHS |= {"ninapro": 12, "fsd50k": 12, "ecg": 15, "deepsea": 6}
+PATCHES = {"cosmic": 1024, "ecg": 50, "deepsea": 50}
 # The published batch of 16 x 4 accumulated is 64.
 PAPER = {"data": "real", "body": "FacebookAI/roberta-base", "source": "conll2003"}
 PAPER |= {"source_size": 5000, "patches": 512, "align_samples": 128}
@@ -136,9 +138,10 @@ PRESETS = {
 def configure(**given) -> Config:
     """Defaults < preset of the task, with paper=True < what is given."""
     task, paper = given.get("task", "satellite"), given.get("paper")
+    embedded = {"epochs": EPOCHS.get(task, Config.epochs), "patches": PATCHES.get(task, 0)}
     if paper and task not in PRESETS:
         raise ValueError(f"--paper has no settings for '{task}'; it has {', '.join(PRESETS)}")
-    return Config(**{**(PRESETS[task] if paper else EMBEDDED.get(task, {})), **given})
+    return Config(**{**(PRESETS[task] if paper else embedded), **given})
 
 
 def resolve(cfg: Config, task: tasks.Task) -> Config:

@@ -118,7 +118,9 @@ class Config:
 
 
 # What a task changes: here on the embedded data, below in the paper's setting.
-EMBEDDED = {"cosmic": {"patches": 1024}}
+EPOCHS = {"cifar100": 8, "spherical": 8, "darcy": 10, "psicov": 27, "cosmic": 7}
+EPOCHS |= {"ninapro": 8, "fsd50k": 8, "ecg": 10, "deepsea": 4}
+PATCHES = {"cosmic": 1024, "ecg": 50, "deepsea": 50}
 PAPER = {"data": "real", "body": "FacebookAI/roberta-base", "source": "conll2003"}
 PAPER |= {"source_size": 5000, "patches": 512, "lam": "k/N"}
 PRESETS = {
@@ -132,9 +134,10 @@ PRESETS = {
 def configure(**given) -> Config:
     """Defaults < preset of the task, with paper=True < what is given."""
     task, paper = given.get("task", "satellite"), given.get("paper")
+    embedded = {"epochs": EPOCHS.get(task, Config.epochs), "patches": PATCHES.get(task, 0)}
     if paper and task not in PRESETS:
         raise ValueError(f"--paper has no settings for '{task}'; it has {', '.join(PRESETS)}")
-    return Config(**{**(PRESETS[task] if paper else EMBEDDED.get(task, {})), **given})
+    return Config(**{**(PRESETS[task] if paper else embedded), **given})
 
 
 # Copied from orca.resolve

@@ -44,7 +44,7 @@ def load_body(
         if series:
             return _roberta(place, untrained)
         return _swin(place, untrained, patches), None
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, TypeError, KeyError) as error:
         reason = str(error).split("\n")[0]
         holds = "config.json, model.safetensors" + (" and a tokenizer" if series else "")
         raise ValueError(
@@ -95,6 +95,17 @@ def _swin(place: str, untrained: bool, patches: int) -> nn.Module:
     )
     if not isinstance(model, SwinTransformer):
         raise ValueError(f"it is a {type(model).__name__}; images take a Swin transformer")
+    return spread(model) if untrained else model
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Untrained linear layers drawn anew, as wide as keeps the variance of what passes (Xavier).
+
+    careful: timm draws them with a deviation of 0.02, from which narrow bodies do not get going.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
     return model
 
 

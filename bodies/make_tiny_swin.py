@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from tasks.sources import shapes  # noqa: E402 (the repository's root has to be on the path first)
+from bodies import spread  # noqa: E402 (the repository's root has to be on the path first)
+from tasks.sources import shapes  # noqa: E402
 
 # B batch, S pixels of a side, D width of the last stage, K classes
 ARCHITECTURE = "swin_tiny_patch4_window7_224"  # timm's name of the family; the sizes are below
@@ -56,14 +57,10 @@ def images_of(kinds: np.ndarray, y: np.ndarray, rng: np.random.Generator):
 
 
 def make_body() -> nn.Module:
-    """The untrained Swin. careful: timm's initial weights (deviation 0.02) are too small here."""
+    """The untrained Swin."""
     import timm
 
-    body = timm.create_model(ARCHITECTURE, num_classes=0, drop_path_rate=0.0, **SIZES)
-    for module in body.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-    return body
+    return spread(timm.create_model(ARCHITECTURE, num_classes=0, drop_path_rate=0.0, **SIZES))
 
 
 class Namer(nn.Module):

@@ -310,3 +310,27 @@ def test_pare_takes_masks_of_the_source_where_the_target_is_dense(file, tmp_path
     common = {"epochs": 1, "source_size": 20, "out": str(tmp_path / "run")}
     pare.main(pare.configure(task=file(2, "dense"), **common))
     assert seen[0].out_shape == (1, 64, 64) and seen[0].x.shape == (20, 3, 64, 64)
+
+
+def test_random_swin_has_the_shape_but_not_the_weights(swin):
+    other = bodies.load_body("random:tiny_swin", (1, 20, 20), 256)[0]
+    for (name, a), b in zip(swin.named_parameters(), other.parameters(), strict=True):
+        assert a.shape == b.shape, name
+    a, b = (s.layers[0].blocks[0].mlp.fc1.weight for s in (swin, other))
+    assert not torch.equal(a, b) and float(b.detach().std()) == pytest.approx(
+        (2 / 240) ** 0.5, rel=0.1
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_swin", "no folder bodies/no_such_swin or no_such_swin; give tiny_swin"),
+        ("tiny_roberta", "tiny_roberta cannot be loaded"),
+        ("random:resnet18", "random:resnet18 cannot be loaded"),
+        ("random:vit_tiny_patch16_224", "it is a VisionTransformer; images take a Swin"),
+    ],
+)
+def test_what_is_no_swin_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        bodies.load_body(name, (3, 32, 32), 256)
