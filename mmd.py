@@ -53,8 +53,7 @@ def mmd2(x: Tensor, y: Tensor, *, bandwidths=None, unbiased: bool = True) -> Ten
         unbiased: U; False is V, which keeps i = j, divides by n^2 and is never negative.
     Returns: Tensor, (). O((n + m)^2 D) time, memory of a few blocks.
     Raises: ValueError on any other input, on NaN or inf, or n, m < 2 (V: 1).
-    Source: Gretton et al., A kernel two-sample test, 2012, lemma 6. Differs: a sum of kernels.
-    """
+    Source: Gretton et al., A kernel two-sample test, 2012, lemma 6. Differs: a sum of kernels."""
     z, bandwidths = _prepare(x, y, bandwidths, 1 + unbiased)
     n, m, top, size = len(x), len(y), bandwidths[0], BLOCK * (8 if x.is_cuda else 1)
     z = z * math.sqrt(2 / top)
@@ -83,8 +82,7 @@ def mmd2(x: Tensor, y: Tensor, *, bandwidths=None, unbiased: bool = True) -> Ten
 
 def mmd2_linear(x: Tensor, y: Tensor, *, bandwidths=None) -> Tensor:
     """Unbiased MMD^2 of the first 2 floor(min(n, m) / 2) points (M6): O(n D) time, but noisy.
-    Args, Returns, Raises: as mmd2. Source: Gretton et al. 2012, sec. 6. Differs: as mmd2.
-    """
+    Args, Returns, Raises: as mmd2. Source: Gretton et al. 2012, sec. 6. Differs: as mmd2."""
     z, bandwidths = _prepare(x, y, bandwidths, 2)
     x, y = (v[: min(len(x), len(y)) // 2 * 2] for v in z.split([len(x), len(y)]))
     d = [x[::2] - x[1::2], y[::2] - y[1::2], x[::2] - y[1::2], x[1::2] - y[::2]]
@@ -95,8 +93,7 @@ def mmd2_linear(x: Tensor, y: Tensor, *, bandwidths=None) -> Tensor:
 def mmd2_features(x: Tensor, y: Tensor, *, bandwidths=None, features=1024, seed=0) -> Tensor:
     """V to within O(1 / sqrt(features)) by random features (M7): O(n D features) time.
     Args: as mmd2; features: in all, as many for each bandwidth; seed: of their draw.
-    Returns, Raises: as mmd2. Source: Rahimi and Recht, Random features, 2007. Differs: no.
-    """
+    Returns, Raises: as mmd2. Source: Rahimi and Recht, Random features, 2007. Differs: no."""
     z, bandwidths = _prepare(x, y, bandwidths)
     each, rng = math.ceil(features / len(bandwidths)), torch.Generator().manual_seed(seed)
     v = [torch.randn(z.shape[1], each, generator=rng) * math.sqrt(2 / b) for b in bandwidths]
@@ -108,8 +105,7 @@ def two_sample_test(x: Tensor, y: Tensor, *, permutations=200, seed=0) -> tuple[
     """Permutation test of P = Q: U and its p-value (M8). O((n + m)^2) memory, one kernel matrix.
     Args: x, y as in mmd2; permutations of the labels, drawn from seed. Raises: as mmd2.
     Returns: U, a float64 Tensor, (), without gradient; p, at least 1 / (permutations + 1).
-    Source: Gretton et al. 2012, sec. 5. Differs: permutations, all of one kernel matrix.
-    """
+    Source: Gretton et al. 2012, sec. 5. Differs: permutations, all of one kernel matrix."""
     z, bandwidths = _prepare(x, y, None, 2)
     n, m, z, rng = len(x), len(y), z.detach().double(), torch.Generator().manual_seed(seed)
     K = sum(torch.exp(-torch.cdist(z, z).square() / b) for b in bandwidths).fill_diagonal_(0)
@@ -118,3 +114,7 @@ def two_sample_test(x: Tensor, y: Tensor, *, permutations=200, seed=0) -> tuple[
     t = 1 - s
     u = (s @ K * (s / (n * (n - 1)) - t * 2 / (n * m)) + t @ K * t / (m * (m - 1))).sum(1)
     return u[0], (u >= u[0] - 1e-12).double().mean().item()  # (M8)
+
+
+if __name__ == "__main__":
+    print(f"moved by 1: {mmd2(a := torch.randn(300, 4), a + 1):.3f}; unmoved: {mmd2(a, a):.3f}")

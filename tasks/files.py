@@ -248,7 +248,7 @@ def _member(path: Path, npz: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
         )
     if array.size == 0:
         raise ValueError(f"{path}: {name} is empty, shape {array.shape}; expected one row or more")
-    bad = np.flatnonzero(~np.isfinite(array))
+    bad = np.flatnonzero(~np.isfinite(array)) if array.dtype.kind == "f" else ()
     if len(bad):
         first = tuple(int(i) for i in np.unravel_index(bad[0], array.shape))
         raise ValueError(

@@ -1,6 +1,7 @@
 """Every kind of task, in 1D and 2D: embedders, bodies and predictors that suit it; whole runs."""
 
 import copy
+import importlib
 
 import numpy as np
 import pytest
@@ -334,3 +335,44 @@ def test_random_swin_has_the_shape_but_not_the_weights(swin):
 def test_what_is_no_swin_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         bodies.load_body(name, (3, 32, 32), 256)
+
+
+SMALL = {"train": 40, "val": 30, "test": 30}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [orca, pare], ids=lambda m: m.METHOD)
+@pytest.mark.parametrize("name", tasks.NAMES)
+def test_every_task_runs_with_every_method(name, method, tmp_path, monkeypatch):
+    module = importlib.import_module(f"tasks.{name}")
+    monkeypatch.setitem(module.TASK, "sizes", SMALL)
+    common = {"task": name, "epochs": 1, "source_size": 40, "out": str(tmp_path / "run")}
+    if method is orca:
+        common |= {"align_epochs": 1, "align_steps_per_epoch": 1, "align_samples": 24}
+    result = method.main(method.configure(**common))
+    assert (result["task"], result["train_size"]) == (name, 40)
+    assert result["metric"] == module.TASK["metric_name"] and np.isfinite(result["test_error"])
+    model, (x, y) = method.load(tmp_path / "run"), module.simulate(3, 1)
+    with torch.no_grad():
+        out = model(torch.from_numpy(x))
+    assert torch.isfinite(module.TASK["loss"](out, torch.from_numpy(y)))
+
+
+@pytest.mark.parametrize("name", tasks.NAMES)
+def test_records_say_what_the_simulators_make(name):
+    module = importlib.import_module(f"tasks.{name}")
+    record, (x, y) = module.TASK, module.simulate(4, 0)
+    assert (x.shape[1:], y.shape[1:]) == (record["x_shape"], record["y_shape"])
+    assert x.dtype == np.float32 and y.dtype == (
+        np.int64 if record["kind"] == "classes" else np.float32
+    )
+    assert {"ORCA", "PaRe", "NFT"} <= set(record["published"])
+    assert set(record["sources"].values()) <= set(tasks.SOURCES)
+    assert {"train", "test"} <= set(record["splits"])
+
+
+@pytest.mark.parametrize("name", tasks.NAMES)
+def test_real_data_that_are_not_there_are_one_line_that_helps(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path.name}.*--data simulated") as error:
+        tasks.load_task(name, "real", tmp_path)
+    assert "\n" not in str(error.value)
