@@ -59,9 +59,9 @@ def test_rotations_put_the_middle_near_the_equator():
     )
     np.testing.assert_allclose(np.linalg.det(r), 1)
     middle = r.transpose(0, 2, 1) @ [0, 0, -1]  # what is carried to the south pole
-    latitude, azimuth = np.arcsin(middle[:, 2]), np.arctan2(middle[:, 1], middle[:, 0])
-    assert np.abs(latitude).max() <= spherical.LATITUDE
-    for angle, half in ((latitude, spherical.LATITUDE), (azimuth, np.pi)):  # both uniform
+    latitude, azimuth = np.arcsin(middle[:, 2]), np.arctan2(-middle[:, 1], -middle[:, 0])
+    for angle, half in ((latitude, spherical.LATITUDE), (azimuth, spherical.AZIMUTH)):  # uniform
+        assert np.abs(angle).max() <= half
         np.testing.assert_allclose(angle.mean() / half, 0, atol=0.04)
         np.testing.assert_allclose((angle**2).mean() / half**2, 1 / 3, atol=0.02)
     np.testing.assert_allclose(r[:, 2] @ np.eye(3)[2], np.sin(-latitude), atol=1e-9)
@@ -88,13 +88,14 @@ def test_simulated_images_have_the_real_form(simulated):
     assert np.array_equal(y, cifar100.simulate(1200, [0, 0])[1]), "labels are those of the images"
 
 
-def test_images_lie_all_around_the_sphere(simulated):
+def test_images_lie_on_one_side_of_the_sphere(simulated):
     lit = (simulated[0] > 0).any(axis=1)
     area = np.sin(np.pi * (2 * np.arange(60) + 1) / 120)[:, None] * np.ones((60, 60))
     share = (lit * area).sum(axis=(1, 2)) / area.sum()  # the same wherever the image is
     np.testing.assert_allclose(share, share.mean(), rtol=0.08)
-    across = lit.mean(axis=(0, 1))  # of the azimuths: all alike
-    np.testing.assert_allclose(across, across.mean(), rtol=0.15)
+    across, down = lit.mean(axis=(0, 1)), lit.mean(axis=(0, 2))
+    assert 25 <= across.argmax() <= 35 and across[:5].max() < 0.2  # the far side is dark
+    assert down[20:40].min() > down[[0, -1]].max()
 
 
 def test_simulated_images_follow_the_seed():
@@ -109,7 +110,7 @@ def test_difficulty_a_linear_model_beats_chance_and_is_far_from_perfect(simulate
     gram = (x @ x.T).astype(float)
     weights = np.linalg.solve(gram + 3 * np.trace(gram) / len(x) * np.eye(len(x)), np.eye(100)[y])
     accuracy = ((x_test @ x.T @ weights).argmax(axis=1) == y_test).mean()
-    assert 0.02 < accuracy < 0.1  # chance: 0.01, with a standard deviation of 0.003
+    assert 0.02 < accuracy < 0.2  # chance: 0.01, with a standard deviation of 0.003
 
 
 def test_simulation_is_fast():
