@@ -77,6 +77,7 @@ class Config:
     task: str = opt("satellite", f"{', '.join(tasks.NAMES)}, or your own FILE.npz")
     data: str = opt("simulated", "where the task's data come from", ("simulated", "real"))
     data_dir: str = opt("data", "directory of the real data")
+    published: bool = opt(False, "PDE tasks: the papers' grid, times and inputs")
     train_size: int = opt(0, "training samples; 0: the task's own number", low=0)
     paper: bool = opt(False, "the paper's setting: real data, roberta-base, published values")
     # the parts (slides 6 to 8)
@@ -603,7 +604,8 @@ def main(cfg: Config) -> dict:
     """Run all stages. Returns the result, which is also printed and written with the rest."""
     start, device = time.time(), pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
-    task = tasks.load_task(cfg.task, cfg.data, cfg.data_dir, cfg.seed, cfg.train_size or None)
+    which = (cfg.task, cfg.data, cfg.data_dir, cfg.seed, cfg.train_size or None, cfg.published)
+    task = tasks.load_task(*which)
     cfg = resolve(cfg, task)
     cfg = replace(cfg, align_lr=cfg.align_lr or ALIGN_LR[len(task.x_shape)])
     net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)

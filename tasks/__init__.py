@@ -20,6 +20,9 @@ from tasks import metrics, own
 
 NAMES = ("cifar100", "spherical", "darcy", "psicov", "cosmic", "ninapro", "fsd50k", "ecg")
 NAMES += ("satellite", "deepsea")  # NAS-Bench-360
+PDES = ("advection", "burgers", "diffusion_reaction_1d", "diffusion_sorption", "navier_stokes_1d")
+PDES += ("darcy_2d", "shallow_water", "diffusion_reaction_2d")  # PDEBench
+NAMES += PDES
 TEXTS, IMAGES = ("words", "conll2003"), ("shapes", "cifar10", "tiny_imagenet", "voc")
 SOURCES = TEXTS + IMAGES
 HOLD_OUT = 10  # where no validation set comes with the data: one training sample in so many
@@ -78,6 +81,7 @@ def load_task(
     root: str | Path = "data",
     seed: int = 0,
     train_size: int | None = None,
+    published: bool = False,
 ) -> Task:
     """Load a target task.
 
@@ -87,6 +91,7 @@ def load_task(
         root: the directory with the real data.
         seed: of the simulation, and of what is held out or left out.
         train_size: how many training samples; default: the task's own number, or all there are.
+        published: of PDES, the papers' grid, times and inputs where the task's own are others.
     Raises: ValueError or FileNotFoundError, one line that says what to do.
     """
     if train_size is not None and train_size < 1:
@@ -96,10 +101,12 @@ def load_task(
         data = "file"
     elif name not in NAMES:
         raise ValueError(f"no task '{name}'; choose one of {', '.join(NAMES)}, or your FILE.npz")
+    elif published and name not in PDES:
+        raise ValueError(f"'{name}' has no other published problem; those are {', '.join(PDES)}")
     elif data == "simulated":
-        record, sets = _simulated(name, seed, train_size)
+        record, sets = _simulated(name, seed, train_size, {"published": True} if published else {})
     elif data == "real":
-        record, sets = _real(name, Path(root), seed)
+        record, sets = _real(name, Path(root), seed, {"published": True} if published else {})
     else:
         raise ValueError(f"no data '{data}'; choose simulated or real")
     if train_size is not None and train_size != len(sets["train"]):
@@ -116,28 +123,29 @@ def _subset(dataset: Dataset, size: int, seed: int) -> Subset:
     return Subset(dataset, order[:size].tolist())
 
 
-def _record(module) -> dict:
-    return {key: value for key, value in module.TASK.items() if key not in ("sizes", "splits")}
+def _record(module, how: dict) -> dict:
+    record = module.TASK | (module.PUBLISHED if how else {})
+    return {key: value for key, value in record.items() if key not in ("sizes", "splits")}
 
 
 def _dataset(data: tuple | Dataset) -> Dataset:
     return data if isinstance(data, Dataset) else TensorDataset(*map(torch.from_numpy, data))
 
 
-def _simulated(name: str, seed: int, train_size: int | None) -> tuple[dict, dict]:
+def _simulated(name: str, seed: int, train_size: int | None, how: dict) -> tuple[dict, dict]:
     module = importlib.import_module(f"tasks.{name}")
     sizes = dict(module.TASK["sizes"])
     sizes["train"] = train_size or sizes["train"]
-    sets = {s: _dataset(module.simulate(n, [seed, i])) for i, (s, n) in enumerate(sizes.items())}
-    return _record(module), sets
+    draw = lambda i, n: _dataset(module.simulate(n, [seed, i], **how))  # noqa: E731
+    return _record(module, how), {s: draw(i, n) for i, (s, n) in enumerate(sizes.items())}
 
 
-def _real(name: str, root: Path, seed: int) -> tuple[dict, dict]:
+def _real(name: str, root: Path, seed: int, how: dict) -> tuple[dict, dict]:
     module = importlib.import_module(f"tasks.{name}")
-    sets = {split: _dataset(module.read(root, split)) for split in module.TASK["splits"]}
+    sets = {split: _dataset(module.read(root, split, **how)) for split in module.TASK["splits"]}
     if "val" not in sets:
         sets["train"], sets["val"] = _held_out(sets["train"], seed)
-    return _record(module), sets
+    return _record(module, how), sets
 
 
 def _held_out(train: Dataset, seed: int) -> tuple[Subset, Subset]:

@@ -366,13 +366,26 @@ def test_records_say_what_the_simulators_make(name):
     assert x.dtype == np.float32 and y.dtype == (
         np.int64 if record["kind"] == "classes" else np.float32
     )
-    assert {"ORCA", "PaRe", "NFT"} <= set(record["published"])
+    assert {"ORCA", "PaRe"} <= set(record["published"])
     assert set(record["sources"].values()) <= set(tasks.SOURCES)
     assert {"train", "test"} <= set(record["splits"])
+
+
+@pytest.mark.parametrize("name", tasks.PDES)
+def test_published_problems_have_the_papers_shapes(name):
+    module = importlib.import_module(f"tasks.{name}")
+    record, (x, y) = module.TASK | module.PUBLISHED, module.simulate(2, 0, published=True)
+    assert (x.shape[1:], y.shape[1:]) == (record["x_shape"], record["y_shape"])
+    assert np.isfinite(x).all() and np.isfinite(y).all()
+
+
+def test_only_equations_have_other_published_problems():
+    with pytest.raises(ValueError, match="'ecg' has no other published problem; those are adv"):
+        tasks.load_task("ecg", published=True)
 
 
 @pytest.mark.parametrize("name", tasks.NAMES)
 def test_real_data_that_are_not_there_are_one_line_that_helps(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{tmp_path.name}.*--data simulated") as error:
-        tasks.load_task(name, "real", tmp_path)
+        tasks.load_task(name, "real", tmp_path, published=name in tasks.PDES)
     assert "\n" not in str(error.value)
