@@ -21,6 +21,7 @@ Generation, ICML 2024 (arXiv 2406.09003).
 
     python pare.py --task satellite                     simulated data, tiny body, no network
     python pare.py --task satellite --k0 0              without replacement: plain fine-tuning
+    python pare.py --task cosmic                        images with a mask to predict
     python pare.py --task mine.npz --device cuda        arrays x_train, y_train, x_test, y_test
     python pare.py --task satellite --paper             real data, roberta-base, published settings
 Baselines are settings of orca.py.
@@ -37,7 +38,8 @@ Differences from the published code:
  3. lambda = k/k0 as on the slide; --lam k/N gives the released code's share of source patches.
  4. k ends at 0 in the last epoch, which trains on the target alone.
  5. The best epoch is chosen on validation data; the released code has no selection.
- 6. Inputs are standardised per channel, by the training set's mean and deviation.
+ 6. Inputs are standardised per channel, and regression targets per point, by the training set.
+ 7. The released 1D script crashes; here series and images, classes and fields take one path.
 """
 
 import argparse
