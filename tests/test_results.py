@@ -68,7 +68,7 @@ def test_collected_rows_carry_their_command(tmp_path):
 def test_the_readme_s_tables_are_the_rows_in_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = script("table")
-    assert table.satellite() in text and table.crop() in text
+    assert table.satellite() in text and table.crop() in text and table.nas_bench() in text
 
 
 def test_the_methods_beat_the_simple_baselines_in_every_recorded_seed():
@@ -80,3 +80,31 @@ def test_the_methods_beat_the_simple_baselines_in_every_recorded_seed():
     for seed in "012":
         simple = min(errors["1-NN", seed], errors["logistic regression", seed])
         assert errors["PaRe", seed] < simple and errors["ORCA (OTDD)", seed] < simple
+
+
+def test_every_method_is_clearly_better_than_the_trivial_predictor_on_every_task():
+    import tasks
+
+    errors = script("table").nas_errors()
+    assert set(errors) == set(tasks.NAMES[:10])
+    for task, row in errors.items():
+        for method in ("NFT (naive fine-tuning)", "ORCA (OTDD)", "PaRe"):
+            assert row[method] < 0.95 * row["trivial"], (task, method)
+
+
+def test_ridge_regression_is_the_closed_form():
+    torch.manual_seed(0)
+    x, y, new = torch.randn(30, 5), torch.randn(30, 2), torch.randn(4, 5)
+    (got,) = script("baselines").ridge_regression(x, y, [new], 0.3)
+    weights = torch.linalg.solve(x.T @ x / 5 + 0.3 * torch.eye(5), x.T @ (y - y.mean(0)) / 5)
+    torch.testing.assert_close(got, new @ weights + y.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_linear_filter_finds_a_convolution():
+    torch.manual_seed(0)
+    kernel, x = torch.randn(1, 2, 7, 7), torch.randn(8, 2, 20, 20)
+    pad = torch.nn.functional.pad(x, [3] * 4, mode="replicate")
+    y = torch.nn.functional.conv2d(pad, kernel) + 2
+    y[0, 0, :5] = float("nan")
+    (got,) = script("baselines").linear_filter(list(zip(x, y, strict=True)), [x[1:]], (1, 20, 20))
+    torch.testing.assert_close(got, y[1:], rtol=1e-3, atol=1e-3)
