@@ -96,13 +96,13 @@ def load_task(
     """
     if train_size is not None and train_size < 1:
         raise ValueError(f"train_size={train_size} is no number of samples; give 1 or more")
+    if published and name not in PDES:
+        raise ValueError(f"'{name}' has no other published problem; those are {', '.join(PDES)}")
     if name.endswith(".npz"):
         record, sets = _own(Path(name), seed)
         data = "file"
     elif name not in NAMES:
         raise ValueError(f"no task '{name}'; choose one of {', '.join(NAMES)}, or your FILE.npz")
-    elif published and name not in PDES:
-        raise ValueError(f"'{name}' has no other published problem; those are {', '.join(PDES)}")
     elif data == "simulated":
         record, sets = _simulated(name, seed, train_size, {"published": True} if published else {})
     elif data == "real":

@@ -382,6 +382,8 @@ def test_published_problems_have_the_papers_shapes(name):
 def test_only_equations_have_other_published_problems():
     with pytest.raises(ValueError, match="'ecg' has no other published problem; those are adv"):
         tasks.load_task("ecg", published=True)
+    with pytest.raises(ValueError, match="'mine.npz' has no other published problem"):
+        tasks.load_task("mine.npz", published=True)
 
 
 @pytest.mark.parametrize("name", tasks.NAMES)
