@@ -64,6 +64,7 @@ import tasks
 # B batch, C channels, L length or H x W, N patches, D width of the body, K classes
 METHOD = "pare"
 WINDOW = 64  # tokens of a source sample
+NARROW = 32  # numbers of a patch from which h^t makes the points of a series
 
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
@@ -92,6 +93,7 @@ class Config:
     source_size: int = opt(2000, "source samples", low=2)
     patches: int = opt(0, "N at most, 0: 32 for series, 256 (16 x 16) for images", low=0)
     embedder_init: str = opt("body", "what f^t starts from", ("body", "random"))
+    coordinates: bool = opt(False, "give f^t the place of each point, as further channels of x")
     # patch replacement (slides 25 to 27)
     k0: int = opt(-1, "patches replaced in the first epoch; 0: none; -1: 70 % of them", low=-1)
     lam: str = opt("k/k0", "weight lambda of the source's loss in L_mix", ("k/k0", "k/N"))
@@ -123,6 +125,8 @@ class Config:
 # What a task changes: here on the embedded data, below in the paper's setting.
 EPOCHS = {"cifar100": 8, "spherical": 8, "darcy": 10, "psicov": 27, "cosmic": 7}
 EPOCHS |= {"ninapro": 8, "fsd50k": 8, "ecg": 10, "deepsea": 4}
+EPOCHS |= dict.fromkeys(tasks.PDES, 20)
+EPOCHS |= dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), 13)
 PATCHES = {"cosmic": 1024, "ecg": 50, "deepsea": 50}
 PAPER = {"data": "real", "body": "FacebookAI/roberta-base", "source": "conll2003"}
 PAPER |= {"source_size": 5000, "patches": 512, "lam": "k/N"}
@@ -176,6 +180,14 @@ def patch_length(L: int, most: int) -> int:
     return exact if exact <= 2 * need else need
 
 
+# Copied from orca.with_coordinates
+def with_coordinates(x: Tensor) -> Tensor:
+    """Where each point is, -1..1 along each axis, as further channels: (B, C, H, W) -> C + 2."""
+    axes = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[2:]]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    return torch.cat([x, places.expand(len(x), *places.shape)], dim=1)
+
+
 # Copied from orca.SeriesEmbedder
 class SeriesEmbedder(nn.Module):
     """f^t: standardise, cut into patches by a convolution, normalise, add positions (slide 8).
@@ -184,10 +196,12 @@ class SeriesEmbedder(nn.Module):
     with init "random", all do.
     """
 
-    def __init__(self, x_shape: tuple, roberta: nn.Module, patches: int, init: str = "body"):
+    def __init__(
+        self, x_shape: tuple, roberta: nn.Module, patches: int, init="body", coordinates=False
+    ):
         super().__init__()
         (C, L), table = x_shape, roberta.embeddings
-        self.patch = patch_length(L, patches)
+        self.coordinates, self.patch = coordinates, patch_length(L, patches)
         N, first = math.ceil(L / self.patch), table.padding_idx + 1
         D = table.position_embeddings.embedding_dim
         room = table.position_embeddings.num_embeddings - first
@@ -196,7 +210,7 @@ class SeriesEmbedder(nn.Module):
         self.grid = (N,)
         self.register_buffer("mean", torch.zeros(C, 1))
         self.register_buffer("std", torch.ones(C, 1))
-        self.conv = nn.Conv1d(C, D, kernel_size=self.patch, stride=self.patch)
+        self.conv = nn.Conv1d(C + coordinates, D, kernel_size=self.patch, stride=self.patch)
         nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
         self.norm = copy.deepcopy(table.LayerNorm)
         position = table.position_embeddings.weight.detach()[first : first + N]
@@ -207,6 +221,7 @@ class SeriesEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
+        x = with_coordinates(x) if self.coordinates else x
         x = F.pad(x, (0, -x.shape[-1] % self.patch))  # zeros are the mean
         z = self.conv(x).transpose(1, 2)  # (B, C, L) -> (B, D, N) -> (B, N, D)
         return self.norm(z) + self.position
@@ -220,24 +235,26 @@ class ImageEmbedder(nn.Module):
     "random", from random numbers. Positions are the body's affair: Swin has relative ones.
     """
 
-    def __init__(self, x_shape: tuple, swin: nn.Module, patches: int = 0, init: str = "body"):
+    def __init__(self, x_shape: tuple, swin: nn.Module, patches=0, init="body", coordinates=False):
         super().__init__()
-        C, own = x_shape[0], swin.patch_embed
+        C, own, self.coordinates = x_shape[0], swin.patch_embed, coordinates
+        channels = C + 2 * coordinates
         self.size, self.grid = own.img_size, own.grid_size  # pixels and patches, (H, W) each
         self.register_buffer("mean", torch.zeros(C, 1, 1))
         self.register_buffer("std", torch.ones(C, 1, 1))
-        self.conv = nn.Conv2d(C, own.proj.out_channels, own.patch_size, stride=own.patch_size)
+        self.conv = nn.Conv2d(channels, own.proj.out_channels, own.patch_size, own.patch_size)
         nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
         self.norm = copy.deepcopy(own.norm)
         if init == "random":
             self.norm.reset_parameters()
         else:
             repeated = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
-            self.conv.weight.data.copy_(repeated)
+            self.conv.weight.data = F.pad(repeated, (0, 0, 0, 0, 0, channels - C))
             self.conv.bias.data.copy_(own.proj.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
+        x = with_coordinates(x) if self.coordinates else x
         x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         z = self.conv(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
         return self.norm(z)
@@ -259,15 +276,20 @@ def source_embedder(net: nn.Module) -> nn.Module:
 
 # Copied from orca.SeriesBody
 class SeriesBody(nn.Module):
-    """g: the attention layers of a RoBERTa, (B, N, D) -> [(B, N, D)] (slide 7)."""
+    """g: the layers of a RoBERTa, (B, N, D) -> [(B, N, D), ...], what each returns (slide 7)."""
 
     def __init__(self, roberta: nn.Module, grid: tuple):
         super().__init__()
         self.encoder = roberta.encoder
-        self.maps = [(grid, roberta.config.hidden_size)]  # of what it returns: patches, width
+        # of what it returns: patches, width
+        self.maps = [(grid, roberta.config.hidden_size)] * len(self.encoder.layer)
 
     def forward(self, z: Tensor) -> list[Tensor]:
-        return [self.encoder(z).last_hidden_state]
+        features = []
+        for layer in self.encoder.layer:
+            z = layer(z)
+            features.append(z)
+        return features
 
 
 # Copied from orca.ImageBody
@@ -297,7 +319,9 @@ class Predictor(nn.Module):
     """h: from the features of g to predictions, in the units of y (slide 8).
 
     For a sample, (K,): the mean over the last patches, then a linear layer. For every point, (C, L)
-    or (C, H, W): from each stage a linear layer gives every patch its own points; their sum.
+    or (C, H, W), all stages of g add up: in 1D to a few numbers of every patch, from all of which
+    a linear layer makes all points (a wave may end far from where it was); in 2D each patch gives
+    its own points.
     """
 
     def __init__(self, maps: list, out_shape: tuple):
@@ -307,53 +331,53 @@ class Predictor(nn.Module):
         self.register_buffer("std", torch.ones(self.out_shape))
         if len(out_shape) == 1:
             self.linear = nn.Linear(maps[-1][1], out_shape[0])
+        elif len(out_shape) == 2:
+            self.narrow = nn.ModuleList(normed_linear(D, NARROW) for _, D in maps)
+            self.linear = zeros(nn.Linear(maps[0][0][0] * NARROW, math.prod(out_shape)))
         else:
             fine = maps[0][0][0]  # patches along the first axis in the finest stage
             points = max(math.ceil(p / n) for p, n in zip(out_shape[1:], maps[0][0], strict=True))
-            self.tiles = nn.ModuleList(
-                Tiles(D, out_shape[0], points * fine // grid[0], len(grid)) for grid, D in maps
-            )
+            sizes = [(D, points * fine // grid[0]) for grid, D in maps]
+            self.tiles = nn.ModuleList(normed_linear(D, out_shape[0] * p * p) for D, p in sizes)
+            self.sides = [p for _, p in sizes]
+            for tile in self.tiles:
+                zeros(tile[1])
 
     def forward(self, features: list[Tensor]) -> Tensor:
         if len(self.out_shape) == 1:
             out = self.linear(features[-1].flatten(1, -2).mean(dim=1))  # (B, N, D) -> (B, K)
+        elif len(self.out_shape) == 2:
+            z = sum(narrow(z) for narrow, z in zip(self.narrow, features, strict=True))
+            out = self.linear(z.flatten(1)).unflatten(1, self.out_shape)  # (B, N, d) -> (B, C, L)
         else:
-            out = sum(tiles(z) for tiles, z in zip(self.tiles, features, strict=True))
-            if out.ndim == 3:
-                out = out[..., : self.out_shape[-1]]  # f^t padded the series
-            else:
-                out = F.interpolate(out, self.out_shape[1:], mode="bilinear", antialias=True)
+            tiles = zip(self.tiles, features, self.sides, strict=True)
+            # (B, h, w, D) -> (B, C p p, h, w) -> (B, C, h p, w p)
+            out = sum(F.pixel_shuffle(t(z).permute(0, 3, 1, 2), p) for t, z, p in tiles)
+            out = F.interpolate(out, self.out_shape[1:], mode="bilinear", antialias=True)
         return self.mean + self.std * out
 
 
-# Copied from orca.Tiles
-class Tiles(nn.Module):
-    """A tile of points from each patch, put side by side: (B, N, D) -> (B, C, N p), 2D likewise."""
+# Copied from orca.normed_linear
+def normed_linear(D: int, d: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, d))
 
-    def __init__(self, D: int, C: int, p: int, axes: int):
-        super().__init__()
-        self.C, self.p = C, p
-        self.norm, self.linear = nn.LayerNorm(D), nn.Linear(D, C * p**axes)
-        nn.init.zeros_(self.linear.weight)  # so that training starts from the mean of y
-        nn.init.zeros_(self.linear.bias)
 
-    def forward(self, z: Tensor) -> Tensor:
-        z = self.linear(self.norm(z)).movedim(-1, 1)  # (B, C p, N) or (B, C p p, h, w)
-        if z.ndim == 4:
-            return F.pixel_shuffle(z, self.p)
-        return z.unflatten(1, (self.C, self.p)).transpose(2, 3).flatten(2)
+# Copied from orca.zeros
+def zeros(linear: nn.Linear) -> nn.Linear:
+    """Its weights set to 0, so that training starts from the mean of y."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 # Copied from orca.Model
 class Model(nn.Module):
     """m^t = h^t o g o f^t (O1): what is trained, saved and used; x to predictions."""
 
-    def __init__(
-        self, net: nn.Module, x_shape: tuple, out_shape: tuple, patches: int, init: str = "body"
-    ):
+    def __init__(self, net: nn.Module, x_shape: tuple, out_shape: tuple, patches: int, **embedder):
         super().__init__()
         series = len(x_shape) == 2
-        self.f_t = (SeriesEmbedder if series else ImageEmbedder)(x_shape, net, patches, init)
+        self.f_t = (SeriesEmbedder if series else ImageEmbedder)(x_shape, net, patches, **embedder)
         self.g = (SeriesBody if series else ImageBody)(net, self.f_t.grid)
         self.h_t = Predictor(self.g.maps, out_shape)
 
@@ -653,6 +677,7 @@ def main(cfg: Config) -> dict:
     cfg = resolve(cfg, task)
     net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
     shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
+    shape |= {"coordinates": cfg.coordinates}
     model = Model(net, **shape, init=cfg.embedder_init)
     model.standardise(*tasks.statistics(task))
     f_s = source_embedder(net)

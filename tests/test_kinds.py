@@ -74,29 +74,52 @@ def test_another_image_size_has_other_grids_and_the_same_weights():
     assert model.f_t.grid == (32, 32) and model(torch.randn(1, 1, 128, 128)).shape[-1] == 128
 
 
+@pytest.mark.parametrize("x_shape", [(2, 46), (3, 60, 40)])
+def test_coordinates_are_further_channels_that_leave_the_start_as_it_was(x_shape, roberta, swin):
+    series = len(x_shape) == 2
+    embedder, body = (orca.SeriesEmbedder, roberta) if series else (orca.ImageEmbedder, swin)
+    f_t = embedder(x_shape, body, 46, coordinates=True)
+    C, axes = x_shape[0], len(x_shape) - 1
+    assert f_t.conv.in_channels == C + axes
+    x = orca.with_coordinates(torch.zeros(2, *x_shape))
+    assert x.shape == (2, C + axes, *x_shape[1:]) and x[:, :C].abs().max() == 0
+    for axis in range(axes):
+        places = x[0, C + axis].movedim(axis, 0).reshape(x_shape[1 + axis], -1)
+        line = torch.linspace(-1, 1, x_shape[1 + axis])
+        torch.testing.assert_close(places, line[:, None].expand_as(places))
+    if not series:  # where it starts as the body's own, the places have no weight yet
+        plain = embedder(x_shape, body, 46)
+        x = torch.randn(2, *x_shape)
+        torch.testing.assert_close(f_t(x), plain(x))
+    f_t.conv.weight.data.normal_()
+    before = f_t(torch.zeros(1, *x_shape))
+    assert before.std(dim=1).mean() > 0.1  # patches of the same values differ by their places
+
+
 # ---- the predictor ----
 
 
-def test_each_patch_predicts_its_own_points_1d():
-    tiles = orca.Tiles(6, 2, 3, axes=1)
-    torch.nn.init.normal_(tiles.linear.weight)
-    z = torch.randn(4, 5, 6)
-    out = tiles(z)
+def test_points_of_a_series_come_from_all_patches_of_all_layers():
+    maps = [((5,), 6)] * 3
+    h_t = orca.Predictor(maps, (2, 15))
+    torch.nn.init.normal_(h_t.linear.weight)
+    features = [torch.randn(4, 5, 6, requires_grad=True) for _ in maps]
+    out = h_t(features)
     assert out.shape == (4, 2, 15)
-    for n in range(5):
-        own = tiles.linear(tiles.norm(z[:, n])).view(4, 2, 3)  # (B, D) -> (B, C, p)
-        torch.testing.assert_close(out[..., 3 * n : 3 * n + 3], own)
+    for z in features:
+        (slope,) = torch.autograd.grad(out[:, 1, 0].sum(), z, retain_graph=True)
+        assert slope.norm(dim=-1).min() > 0  # the first point depends on every patch
 
 
-def test_each_patch_predicts_its_own_points_2d():
-    tiles = orca.Tiles(6, 2, 3, axes=2)
-    torch.nn.init.normal_(tiles.linear.weight)
+def test_each_patch_of_an_image_predicts_its_own_points():
+    h_t = orca.Predictor([((5, 4), 6)], (2, 15, 12))
+    tile = h_t.tiles[0]
+    torch.nn.init.normal_(tile[1].weight)
     z = torch.randn(4, 5, 4, 6)
-    out = tiles(z)
-    assert out.shape == (4, 2, 15, 12)
+    out = h_t([z])
     for i in range(5):
         for j in range(4):
-            own = tiles.linear(tiles.norm(z[:, i, j])).view(4, 2, 3, 3)
+            own = tile(z[:, i, j]).view(4, 2, 3, 3)  # (B, D) -> (B, C, p, p)
             torch.testing.assert_close(out[..., 3 * i : 3 * i + 3, 3 * j : 3 * j + 3], own)
 
 
@@ -114,7 +137,7 @@ def test_predictions_start_at_the_mean_and_have_the_units_of_y(roberta):
     model.standardise(torch.zeros(1, 1), torch.ones(1, 1), mean, std)
     x = torch.randn(3, 1, 46)
     torch.testing.assert_close(model(x), mean.expand(3, 1, 46))
-    torch.nn.init.normal_(model.h_t.tiles[0].linear.weight)
+    torch.nn.init.normal_(model.h_t.linear.weight)
     moved = (model(x) - mean).abs().mean(dim=0)[0]
     assert moved[0] == 0 and moved[1:].min() > 0  # where y never varies the mean is certain
 

@@ -54,7 +54,7 @@ def test_O1_shapes_of_the_parts(body, C, L, patches, N):
     x = torch.randn(5, C, L)
     z = model.f_t(x)
     assert z.shape == (5, N, 128)
-    assert [features.shape for features in model.g(z)] == [(5, N, 128)]
+    assert [features.shape for features in model.g(z)] == [(5, N, 128)] * 4
     assert model.h_t(model.g(z)).shape == (5, 4)
     torch.testing.assert_close(model(x), model.h_t(model.g(model.f_t(x))))  # (O1)
 
@@ -64,8 +64,11 @@ def test_O1_body_and_source_embedder_are_the_library_s_own(body):
     roberta = copy.deepcopy(body[0]).eval()
     ids = torch.randint(5, 4000, (3, 20))
     with torch.no_grad():
-        (ours,) = orca.SeriesBody(roberta, (20,))(orca.source_embedder(roberta)(ids))
-        torch.testing.assert_close(ours, roberta(ids).last_hidden_state)
+        ours = orca.SeriesBody(roberta, (20,))(orca.source_embedder(roberta)(ids))
+        theirs = roberta(ids, output_hidden_states=True)
+        torch.testing.assert_close(ours[-1], theirs.last_hidden_state)
+        for mine, other in zip(ours, theirs.hidden_states[1:], strict=True):
+            torch.testing.assert_close(mine, other)
 
 
 def test_embedder_starts_from_the_body_s_norm_and_positions(body):
