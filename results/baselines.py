@@ -4,10 +4,11 @@
 
 The same data and splits as the method scripts use with the same --task, --data and --seed. Prints
 the test errors, and with --csv FILE adds a row for each. Trivial is the majority class, or a
-constant score, or the mean of the training targets. The linear model of classes is logistic
-regression, or, with more than 200 inputs or for other kinds, ridge regression of the whole target
-on the whole input; for images with a target for every pixel there is a linear filter beside it: 7
-x 7 pixels, 3 x 3 with more than four channels. Ridges are chosen on validation.
+constant score, or the mean of the training targets; for a PDE also a copy of the first field. The
+linear model of classes is logistic regression, or, with more than 200 inputs or for other kinds,
+ridge regression of the whole target on the whole input; for images with a target for every pixel
+there is a linear filter beside it: 7 x 7 pixels, 3 x 3 with more than four channels. Ridges are
+chosen on validation.
 """
 
 import argparse
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import tasks  # noqa: E402 (the repository's root has to be on the path first)
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2)
+RIDGES_OF_SERIES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)  # a series from a series may be quite exact
 
 
 def arrays(dataset) -> tuple[Tensor, Tensor]:
@@ -107,6 +109,9 @@ def errors(task: tasks.Task) -> dict[str, float]:
         found["1-NN"] = votes(nearest(x, y, x_test))
     elif task.kind == "regression":
         found["mean of the targets"] = y.nanmean(dim=0).nan_to_num().expand(y_test.shape)
+        if task.name in tasks.PDES:
+            fields = x_test.reshape(-1, *task.x_shape)
+            found["copy of the input"] = fields[:, : task.y_shape[0]]
     else:
         found["constant score"] = torch.zeros(y_test.shape)
     if task.kind == "classes" and x.shape[1] <= 200:
@@ -115,8 +120,8 @@ def errors(task: tasks.Task) -> dict[str, float]:
         found["logistic regression"] = chosen(task, pairs, y_val)
     else:
         flat = torch.where(target.isnan(), target.nanmean(dim=0).nan_to_num(), target).flatten(1)
-        pairs = []
-        for ridge in (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0):
+        pairs, more = [], RIDGES_OF_SERIES if len(task.y_shape) == 2 else ()
+        for ridge in (*more, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0):
             guess = ridge_regression(z, flat, [z_val, z_test], ridge)
             pairs.append([g.reshape(-1, *target.shape[1:]) for g in guess])
         found["ridge regression"] = chosen(task, pairs, y_val)
