@@ -23,8 +23,9 @@ NAMES += ("satellite", "deepsea")  # NAS-Bench-360
 PDES = ("advection", "burgers", "diffusion_reaction_1d", "diffusion_sorption", "navier_stokes_1d")
 PDES += ("darcy_2d", "shallow_water", "diffusion_reaction_2d")  # PDEBench
 NAMES += PDES
-TEXTS, IMAGES = ("words", "conll2003"), ("shapes", "cifar10", "tiny_imagenet", "voc")
-SOURCES = TEXTS + IMAGES
+TEXTS = ("words", "code", "conll2003", "noise")
+IMAGES = ("shapes", "textures", "cifar10", "tiny_imagenet", "voc", "noise")
+SOURCES = tuple(dict.fromkeys(TEXTS + IMAGES))  # noise is in both
 HOLD_OUT = 10  # where no validation set comes with the data: one training sample in so many
 ENOUGH = 5000  # training samples that statistics and alignment are content with
 CLUSTERS = 10  # classes made of targets that have none
@@ -281,11 +282,12 @@ def load_source(
     """Load n samples of a source: windows of a text, or images.
 
     Args:
-        name: one of SOURCES.
+        name: one of SOURCES: of TEXTS if there is tokenize, else of IMAGES.
         root: the directory with the real data.
         tokenize, length: of a text: texts to lists of token ids, without special tokens (the
             body's tokenizer); tokens in a window.
-        size, masks: of images: height and width in pixels; whether y is where the objects are.
+        size, masks: of images: height and width in pixels; whether y is where the objects are, or
+            where the texture is another.
     Raises: ValueError or FileNotFoundError, one line that says what to do.
     """
     if name not in SOURCES:
@@ -297,9 +299,11 @@ def load_source(
             f"{', '.join(fit)}"
         )
     module = importlib.import_module(f"tasks.sources.{name}")
-    if name in IMAGES:
-        x, y, classes = module.load(n, size, seed, root=root, masks=masks)
+    if tokenize is None:
+        load = module.load_images if name == "noise" else module.load
+        x, y, classes = load(n, size, seed, root=root, masks=masks)
     else:
+        load = module.load_text if name == "noise" else module.load
         extra = {"root": root} if name == "conll2003" else {}
-        x, y, classes = module.load(tokenize, n, length, seed, **extra)
+        x, y, classes = load(tokenize, n, length, seed, **extra)
     return Source(name, torch.from_numpy(x), torch.from_numpy(y), classes)

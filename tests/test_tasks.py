@@ -160,7 +160,7 @@ def test_unknown_names_are_refused():
         ValueError, match="no task 'x'; choose one of cifar100, .*, deepsea, advection, .* or"
     ):
         tasks.load_task("x")
-    with pytest.raises(ValueError, match="no source 'x'; choose one of words, conll2003, shapes"):
+    with pytest.raises(ValueError, match="no source 'x'; choose one of words, code, conll2003"):
         tasks.load_source("x")
     with pytest.raises(
         ValueError, match="'words' does not suit this task, whose body takes images"
