@@ -9,12 +9,14 @@ the body knows; then everything is fine-tuned.
     (O2)  min over f^t of D( P(f^t(x^t), y^t) || P(f^s(x^s), y^s) )     slide 9, stage 2
           D is OTDD (otdd.py, slide 10), MMD (mmd.py, slide 40) or L2, each of a sample's mean patch
     (O3)  min over f^t, g and h^t of the mean of L(m^t(x^t), y^t)       slide 6, stage 3
+    (O4)  D = sum_c n_c / n [ W_2^2(f^t(x^t | y^t = c), f^s(x^s)) + const ]     the released D
 
 Source: Shen et al., Cross-Modal Fine-Tuning: Align then Refine, ICML 2023 (arXiv 2302.05738).
 
     python orca.py --task satellite                     simulated data, tiny body, no network
     python orca.py --task darcy --align mmd             images to a field; another distance
     python orca.py --task mine.npz --device cuda        arrays x_train, y_train, x_test, y_test
+    python orca.py --task satellite --rank-sources      which source is near? (slide 31)
     python orca.py --task satellite --paper             real data, roberta-base, published settings
 Baselines:
     --align none                                        naive fine-tuning (NFT)
@@ -26,7 +28,8 @@ line is the result. Everything is written to runs/orca-TASK-SEED.
 
 Differences from the published code:
  1. OTDD is one problem over all target classes, so that labels act. The released loop has one
-    class a call, where they have no influence on the gradient.
+    class a call, where they have no influence on the gradient: --align otdd-classwise (O4), here
+    with exact transport.
  2. The best epoch is chosen on validation data; the released settings choose it on the test set.
  3. Inputs are standardised per channel, and regression targets per point, by the training set.
  4. The optimiser is AdamW throughout.
@@ -54,10 +57,11 @@ from tqdm import tqdm
 import bodies
 import tasks
 from mmd import mmd2
-from otdd import OTDD
+from otdd import OTDD, label_distances, wasserstein
 
 # B batch, C channels, L length or H x W, N patches, D width of the body, K classes
 METHOD = "orca"
+ALIGN = ("otdd", "otdd-classwise", "otdd-gaussian", "mmd", "l2", "none")
 WINDOW = 64  # tokens of a source sample
 NARROW = 32  # numbers of a patch from which h^t makes the points of a series
 
@@ -89,11 +93,13 @@ class Config:
     embedder_init: str = opt("body", "what f^t starts from", ("body", "random"))
     coordinates: bool = opt(False, "give f^t the place of each point, as further channels of x")
     # stage 2, alignment of f^t (slide 9)
-    align: str = opt("otdd", "distance D to minimise", ("otdd", "mmd", "l2", "none"))
+    align: str = opt("otdd", "distance D to minimise", ALIGN)
+    align_features: str = opt("mean", "what D sees of a sample", ("mean", "random-patch"))
     align_epochs: int = opt(20, "epochs of stage 2 (the paper: 60)", low=1)
     align_steps_per_epoch: int = opt(3, "steps in each (the paper: 1)", low=1)
     align_lr: float = opt(0.0, "its learning rate, 0: 1e-3 for series, 1e-4 for images", low=0)
     align_samples: int = opt(384, "target samples a step, balanced over the classes", low=2)
+    rank_sources: bool = opt(False, "only print how far each source is, before and after stage 2")
     # stage 3, fine-tuning (slide 6)
     freeze: str = opt(
         "none",
@@ -175,10 +181,17 @@ def balanced_rows(labels: Tensor, size: int, rng: torch.Generator) -> Tensor:
     return torch.cat([order[labels[order] == k][:per_class] for k in labels.unique()])
 
 
+def one_vector(z: Tensor, how: str) -> Tensor:
+    """What D sees of each sample: its mean patch, as published, or one of them: -> (B, D)."""
+    if how == "mean":
+        return z.mean(dim=1)
+    return z[torch.arange(len(z)), torch.randint(z.shape[1], (len(z),))]
+
+
 @torch.no_grad()
-def source_features(f_s: nn.Module, source: tasks.Source, device: torch.device) -> Tensor:
-    """Embedded source samples, averaged over their patches: (n, D). f^s is frozen."""
-    return torch.cat([f_s(x.to(device)).mean(dim=1) for x in source.x.split(500)])
+def source_features(f_s: nn.Module, source: tasks.Source, device: torch.device, how="mean"):
+    """Embedded source samples, one vector each: (n, D). f^s is frozen."""
+    return torch.cat([one_vector(f_s(x.to(device)), how) for x in source.x.split(500)])
 
 
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
@@ -243,32 +256,39 @@ class ImageEmbedder(nn.Module):
     """f^t: standardise, resize, cut into patches by a convolution, normalise (slide 8).
 
     Starts as the body's own patch embedding, its three channels repeated for all C; with init
-    "random", from random numbers. Positions are the body's affair: Swin has relative ones.
+    "random", from random numbers. A ViT's positions are added; Swin has relative ones, in g.
     """
 
-    def __init__(self, x_shape: tuple, swin: nn.Module, patches=0, init="body", coordinates=False):
+    def __init__(self, x_shape: tuple, net: nn.Module, patches=0, init="body", coordinates=False):
         super().__init__()
-        C, own, self.coordinates = x_shape[0], swin.patch_embed, coordinates
+        C, own, self.coordinates = x_shape[0], net.patch_embed, coordinates
         channels = C + 2 * coordinates
         self.size, self.grid = own.img_size, own.grid_size  # pixels and patches, (H, W) each
         self.register_buffer("mean", torch.zeros(C, 1, 1))
         self.register_buffer("std", torch.ones(C, 1, 1))
         self.conv = nn.Conv2d(channels, own.proj.out_channels, own.patch_size, own.patch_size)
         nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
-        self.norm = copy.deepcopy(own.norm)
+        self.norm, self.position = copy.deepcopy(own.norm), None
+        if hasattr(net, "pos_embed"):  # of its prefix, the class token, first
+            self.position = nn.Parameter(net.pos_embed.detach()[0, -math.prod(self.grid) :].clone())
         if init == "random":
-            self.norm.reset_parameters()
+            for start in (self.norm, self.position):
+                if isinstance(start, nn.LayerNorm):
+                    start.reset_parameters()
+                elif isinstance(start, nn.Parameter):
+                    nn.init.normal_(start, std=0.02)
         else:
             repeated = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
             self.conv.weight.data = F.pad(repeated, (0, 0, 0, 0, 0, channels - C))
-            self.conv.bias.data.copy_(own.proj.bias.detach())
+            bias = torch.zeros(len(repeated)) if own.proj.bias is None else own.proj.bias.detach()
+            self.conv.bias.data.copy_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
         x = with_coordinates(x) if self.coordinates else x
         x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         z = self.conv(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
-        return self.norm(z)
+        return self.norm(z) if self.position is None else self.norm(z) + self.position
 
 
 def source_embedder(net: nn.Module) -> nn.Module:
@@ -317,6 +337,30 @@ class ImageBody(nn.Module):
             z = layer(z)
             features.append(z)
         return [*features[:-1], self.norm(z)]
+
+
+class PlainBody(nn.Module):
+    """g: the blocks of a ViT, (B, N, D) -> [(B, h, w, D), ...], what each returns."""
+
+    def __init__(self, vit: nn.Module, grid: tuple):
+        super().__init__()
+        self.blocks, self.first, self.grid = vit.blocks, vit.norm_pre, grid
+        self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
+        names = ("cls_token", "dist_token", "reg_token")  # in timm's order
+        tokens = [t for t in (getattr(vit, name, None) for name in names) if t is not None]
+        prefix = torch.cat(tokens, dim=1).detach() if tokens else torch.zeros(1, 0, vit.embed_dim)
+        own = vit.pos_embed.detach()[:, : -math.prod(grid)]  # the positions of the prefix, or none
+        prefix[:, : own.shape[1]] += own
+        self.prefix = nn.Parameter(prefix)  # (1, P, D)
+        self.maps = [(grid, vit.embed_dim)] * len(self.blocks)
+
+    def forward(self, z: Tensor) -> list[Tensor]:
+        P, features = self.prefix.shape[1], []
+        z = self.first(torch.cat([self.prefix.expand(len(z), -1, -1), z], dim=1))
+        for block in self.blocks:
+            z = block(z)
+            features.append(z[:, P:].unflatten(1, self.grid))  # (B, P + N, D) -> (B, h, w, D)
+        return [*features[:-1], self.norm(features[-1])]
 
 
 # ---- 5. Predictor h^t ----------------------------------------------------------------------------
@@ -382,7 +426,8 @@ class Model(nn.Module):
         super().__init__()
         series = len(x_shape) == 2
         self.f_t = (SeriesEmbedder if series else ImageEmbedder)(x_shape, net, patches, **embedder)
-        self.g = (SeriesBody if series else ImageBody)(net, self.f_t.grid)
+        kind = SeriesBody if series else ImageBody if hasattr(net, "layers") else PlainBody
+        self.g = kind(net, self.f_t.grid)
         self.h_t = Predictor(self.g.maps, out_shape)
 
     def standardise(self, x_mean: Tensor, x_std: Tensor, y_mean: Tensor, y_std: Tensor) -> None:
@@ -396,18 +441,27 @@ class Model(nn.Module):
 # ---- 6. The method -------------------------------------------------------------------------------
 
 
-def distance_to(name: str, z_s: Tensor, y_s: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def distance_to(
+    name: str, z_s: Tensor, y_s: Tensor, share: Tensor | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """D of (O2): a function of the target's features and labels that knows the source's.
 
     Args:
-        name: "otdd" (features and labels, slide 10), "mmd" (features, slide 40), or "l2" (the
-            mean distance of random pairs, as ORCA's baseline has it; not a distance of
-            distributions).
+        name: "otdd" (features and labels, slide 10), "otdd-gaussian" (labels as Gaussians),
+            "otdd-classwise" (as released), "mmd" (features, slide 40), or "l2" (the mean distance
+            of random pairs, as ORCA's baseline has it; not a distance of distributions).
         z_s, y_s: source features (n, D) and classes (n,).
+        share: of each target class, (K,), adding up to 1; only "otdd-classwise" needs it.
     Returns: a function (z_t (m, D), y_t (m,)) -> scalar, differentiable in z_t.
     """
     if name == "otdd":
         return OTDD(z_s, y_s)
+    if name == "otdd-gaussian":
+        D = OTDD(z_s, y_s, label_distance="gaussian")
+        several = lambda y_t: y_t.bincount()[y_t] > 1  # noqa: E731 (one sample has no covariance)
+        return lambda z_t, y_t: D(z_t[several(y_t)], y_t[several(y_t)])
+    if name == "otdd-classwise":
+        return lambda z_t, y_t: classwise(z_s, y_s, z_t, y_t, share)
     if name == "mmd":
         return lambda z_t, y_t: mmd2(z_s, z_t)
 
@@ -416,6 +470,31 @@ def distance_to(name: str, z_s: Tensor, y_s: Tensor) -> Callable[[Tensor, Tensor
         return (z_t - z_s[pairs]).norm(dim=1).mean()
 
     return l2
+
+
+def classwise(z_s: Tensor, y_s: Tensor, z_t: Tensor, y_t: Tensor, share: Tensor) -> Tensor:
+    """The released D (O4): OTDD of each target class by itself with all of the source.
+
+    With a single target class c, the label term of d_Z is W(y_i, c): it depends on the source
+    sample alone, whose weight in any plan is 1/n. So it adds the same to all plans: pi, and with it
+    the gradient, is that of the features, whatever the labels of the source are.
+    """
+    total = z_t.new_zeros(())
+    for c in y_t.unique():
+        z_c = z_t[y_t == c]
+        with torch.no_grad():  # detached, as released
+            const = label_distances(z_s, y_s, z_c, torch.zeros_like(y_t[: len(z_c)]))
+            const = const[y_s.unique(return_inverse=True)[1]].mean()
+        total = total + share[c] * (wasserstein(z_s, z_c) ** 2 + const)  # (O4)
+    return total
+
+
+def separability(z: Tensor, y: Tensor) -> float:
+    """Share of the variance of z (m, D) between the classes: 1 if each is a point; by chance
+    (K - 1) / (m - 1)."""
+    means = torch.stack([z[y == c].mean(dim=0) for c in y.unique()])
+    within = (z - means[y.unique(return_inverse=True)[1]]).square().sum()
+    return float(1 - within / (z - z.mean(dim=0)).square().sum().clamp(min=1e-30))
 
 
 def freeze(model: Model, what: str) -> None:
@@ -434,16 +513,24 @@ def freeze(model: Model, what: str) -> None:
 
 
 class Log:
-    """One line an epoch, on the screen and in metrics.jsonl."""
+    """One line an epoch, on the screen and in metrics.jsonl; one a step in steps.csv."""
 
     def __init__(self, out: Path):
         self.file, self.rows, self.start = out / "metrics.jsonl", [], time.time()
+        self.steps, self.steps_file = ["step,lr,loss,grad_norm"], out / "steps.csv"
+
+    def step(self, step: int, *values: float) -> None:
+        """Keep a step of stage "finetune"; it is written at the end of the epoch."""
+        self.steps.append(",".join([str(step), *(f"{value:.6g}" for value in values)]))
 
     def __call__(self, epoch: int, epochs: int, stage: str, **values) -> None:
         values["time_s"] = round(time.time() - self.start, 1)
         self.rows.append({"epoch": epoch, "stage": stage, **values})
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
+        with self.steps_file.open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in self.steps)
+        self.steps.clear()
         shown = " ".join(f"{key}={number(value)}" for key, value in values.items())
         print(f"epoch {epoch:0{len(str(epochs))}}/{epochs} stage={stage} {shown}", flush=True)
 
@@ -464,27 +551,34 @@ def align(model: Model, z_s: Tensor, y_s: Tensor, task: tasks.Task, cfg: Config,
     """Stage 2 (O2): train f^t alone so that its features come close to the source's.
 
     Args:
-        z_s, y_s: pooled source features (n, D) and classes (n,), on the device of the model.
+        z_s, y_s: source features (n, D) and classes (n,), on the device of the model.
         task: the target; without classes it lends those that k-means makes of y.
     """
     rng = torch.Generator().manual_seed(cfg.seed)
     pool, labels = tasks.some_classes(task, cfg.seed)
-    D = distance_to(cfg.align, z_s, y_s)
+    D = distance_to(cfg.align, z_s, y_s, labels.bincount() / len(labels))
     optimizer = torch.optim.AdamW(model.f_t.parameters(), cfg.align_lr, weight_decay=0.0)
     for epoch in range(cfg.align_epochs):
-        total = norm = 0.0
+        sums = torch.zeros(3)
         for _ in range(cfg.align_steps_per_epoch):
             rows = balanced_rows(labels, cfg.align_samples, rng)
-            x_t = torch.stack([task.train[pool[row]][0] for row in rows.tolist()]).to(z_s.device)
-            z_t = model.f_t(x_t).mean(dim=1)  # (m, C, L) -> (m, N, D) -> (m, D)
-            loss = D(z_t, labels[rows].to(z_s.device))  # (O2)
+            z_t = embedded(model.f_t, task, [pool[row] for row in rows.tolist()], cfg)
+            y_t = labels[rows].to(z_s.device)
+            loss = D(z_t, y_t)  # (O2)
             optimizer.zero_grad()
             finite(loss, epoch, cfg.align_lr).backward()
-            norm += float(nn.utils.clip_grad_norm_(model.f_t.parameters(), math.inf))
+            norm = nn.utils.clip_grad_norm_(model.f_t.parameters(), math.inf)
             optimizer.step()
-            total += loss.item()
-        steps = cfg.align_steps_per_epoch
-        log(epoch + 1, cfg.align_epochs, "align", distance=total / steps, grad_norm=norm / steps)
+            sums += torch.tensor([loss.item(), norm.item(), separability(z_t.detach(), y_t)])
+        names = ("distance", "grad_norm", "separability")
+        values = dict(zip(names, (sums / cfg.align_steps_per_epoch).tolist(), strict=True))
+        log(epoch + 1, cfg.align_epochs, "align", **values)
+
+
+def embedded(f_t: nn.Module, task: tasks.Task, rows: list[int], cfg: Config) -> Tensor:
+    """What D sees of the given training samples: (m, D)."""
+    x_t = torch.stack([task.train[row][0] for row in rows])
+    return one_vector(f_t(x_t.to(next(f_t.parameters()).device)), cfg.align_features)
 
 
 def rate(step: int, steps: int, warmup: float) -> float:
@@ -518,11 +612,12 @@ def finetune(model: Model, task: tasks.Task, cfg: Config, log: Log, weights: Pat
             optimizer.zero_grad()
             scaler.scale(finite(loss, schedule.last_epoch, lr)).backward()
             scaler.unscale_(optimizer)
-            norm += float(nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf))
+            length = float(nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf))
             scaler.step(optimizer)
             scaler.update()
+            log.step(schedule.last_epoch, lr, loss.item(), length)
             schedule.step()
-            total += loss.item() * len(x)
+            norm, total = norm + length, total + loss.item() * len(x)
         error = evaluate(model, "val", task, cfg)
         if error < best:
             best = error
@@ -577,7 +672,8 @@ def open_run(cfg: Config) -> Path:
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not cfg.overwrite):
         raise ValueError(f"{out} is not empty; choose another --out, or give --overwrite")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.jsonl").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "steps.csv"):
+        (out / name).unlink(missing_ok=True)
     return out
 
 
@@ -624,29 +720,19 @@ def draw_curves(rows: list[dict], task: tasks.Task, test_error: float, path: Pat
 
 def main(cfg: Config) -> dict:
     """Run all stages. Returns the result, which is also printed and written with the rest."""
-    start, device = time.time(), pick_device(cfg.device)
-    torch.manual_seed(cfg.seed)
-    which = (cfg.task, cfg.data, cfg.data_dir, cfg.seed, cfg.train_size or None, cfg.published)
-    task = tasks.load_task(*which)
-    cfg = resolve(cfg, task)
-    cfg = replace(cfg, align_lr=cfg.align_lr or ALIGN_LR[len(task.x_shape)])
-    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
-    shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
-    shape |= {"coordinates": cfg.coordinates}
-    model = Model(net, **shape, init=cfg.embedder_init)  # stage 1 (O1)
-    model.standardise(*tasks.statistics(task))
-    f_s = source_embedder(net).to(device)
-    model.to(device)
+    if cfg.rank_sources:
+        return {"sources": rank_sources(cfg)}
+    start = time.time()
+    cfg, task, net, tokenize, model, shape = build(cfg)  # stage 1 (O1)
+    device = next(model.parameters()).device
     if cfg.align != "none":
-        size = {"length": WINDOW, "size": 4 * math.isqrt(cfg.patches)}
-        rest = (cfg.source_size, cfg.seed, cfg.data_dir)
-        source = tasks.load_source(cfg.source, *rest, tokenize=tokenize, **size)
+        source = load_source(cfg.source, cfg, tokenize)
     out = open_run(cfg)
     describe(cfg, task, model, out, {**shape, "body": bodies.describe(net)})
 
     log, weights = Log(out), out / "model.safetensors"
     if cfg.align != "none":  # stage 2 (O2)
-        z_s = source_features(f_s, source, device)
+        z_s = source_features(source_embedder(net).to(device), source, device, cfg.align_features)
         align(model, z_s, source.y.to(device), task, cfg, log)
     val_error = finetune(model, task, cfg, log, weights)  # stage 3 (O3)
     model.load_state_dict(load_file(weights))
@@ -663,6 +749,67 @@ def main(cfg: Config) -> dict:
     draw_curves(log.rows, task, test_error, out / "curves.png")
     print("result", json.dumps(result), flush=True)
     return result
+
+
+def build(cfg: Config) -> tuple:
+    """Stage 1 (O1): cfg without gaps, task, body, its tokenizer, model, and what load() needs."""
+    device = pick_device(cfg.device)
+    torch.manual_seed(cfg.seed)
+    which = (cfg.task, cfg.data, cfg.data_dir, cfg.seed, cfg.train_size or None, cfg.published)
+    task = tasks.load_task(*which)
+    cfg = resolve(cfg, task)
+    cfg = replace(cfg, align_lr=cfg.align_lr or ALIGN_LR[len(task.x_shape)])
+    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
+    shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
+    shape |= {"coordinates": cfg.coordinates}
+    model = Model(net, **shape, init=cfg.embedder_init)
+    model.standardise(*tasks.statistics(task))
+    return cfg, task, net, tokenize, model.to(device), shape
+
+
+def load_source(name: str, cfg: Config, tokenize: Callable | None) -> tasks.Source:
+    """Samples of a source, of the size that suits the body."""
+    size = {"length": WINDOW, "size": 4 * math.isqrt(cfg.patches)}
+    rest = (cfg.source_size, cfg.seed, cfg.data_dir)
+    return tasks.load_source(name, *rest, tokenize=tokenize, **size)
+
+
+def rank_sources(cfg: Config) -> list[dict]:
+    """How far every source is from the embedded target, before and after stage 2 with OTDD.
+
+    "Determining the most suitable proxy remains a challenge" (slide 31). Sources whose files are
+    not there are left out, and it is said. Returns and prints a row for each, the nearest first.
+    """
+    cfg, task, net, tokenize, model, _ = build(replace(cfg, align="otdd"))
+    f_s, device = source_embedder(net), next(model.parameters()).device
+    pool, labels = tasks.some_classes(task, cfg.seed)
+    held = balanced_rows(labels, 4 * cfg.align_samples, torch.Generator().manual_seed(cfg.seed + 1))
+    rows = []
+    for name in tasks.IMAGES if tokenize is None else tasks.TEXTS:
+        start, copied = time.time(), copy.deepcopy(model)
+        try:
+            source = load_source(name, cfg, tokenize)
+        except (ValueError, OSError) as error:
+            print(f"{name}: left out: {error}")
+            continue
+        z_s = source_features(f_s.to(device), source, device, cfg.align_features)
+        y_s, row = source.y.to(device), {"source": name}
+        for when in ("before", "after"):
+            with torch.no_grad():
+                z_t = embedded(copied.f_t, task, [pool[i] for i in held.tolist()], cfg)
+            row[f"otdd_{when}"] = float(distance_to("otdd", z_s, y_s)(z_t, labels[held].to(device)))
+            row[f"mmd_{when}"] = float(mmd2(z_s, z_t).clamp(min=0).sqrt())
+            if when == "before":
+                align(copied, z_s, y_s, task, cfg, lambda *args, **values: None)
+        rows.append({**row, "time_s": round(time.time() - start, 1)})
+    rows.sort(key=lambda row: row["otdd_after"])
+    for place, row in enumerate(rows, 1):
+        print(
+            f"rank {place}",
+            " ".join(f"{key}={number(value)}" for key, value in row.items()),
+            flush=True,
+        )
+    return rows
 
 
 def describe(cfg: Config, task: tasks.Task, model: Model, out: Path, shape: dict) -> None:

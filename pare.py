@@ -232,32 +232,39 @@ class ImageEmbedder(nn.Module):
     """f^t: standardise, resize, cut into patches by a convolution, normalise (slide 8).
 
     Starts as the body's own patch embedding, its three channels repeated for all C; with init
-    "random", from random numbers. Positions are the body's affair: Swin has relative ones.
+    "random", from random numbers. A ViT's positions are added; Swin has relative ones, in g.
     """
 
-    def __init__(self, x_shape: tuple, swin: nn.Module, patches=0, init="body", coordinates=False):
+    def __init__(self, x_shape: tuple, net: nn.Module, patches=0, init="body", coordinates=False):
         super().__init__()
-        C, own, self.coordinates = x_shape[0], swin.patch_embed, coordinates
+        C, own, self.coordinates = x_shape[0], net.patch_embed, coordinates
         channels = C + 2 * coordinates
         self.size, self.grid = own.img_size, own.grid_size  # pixels and patches, (H, W) each
         self.register_buffer("mean", torch.zeros(C, 1, 1))
         self.register_buffer("std", torch.ones(C, 1, 1))
         self.conv = nn.Conv2d(channels, own.proj.out_channels, own.patch_size, own.patch_size)
         nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
-        self.norm = copy.deepcopy(own.norm)
+        self.norm, self.position = copy.deepcopy(own.norm), None
+        if hasattr(net, "pos_embed"):  # of its prefix, the class token, first
+            self.position = nn.Parameter(net.pos_embed.detach()[0, -math.prod(self.grid) :].clone())
         if init == "random":
-            self.norm.reset_parameters()
+            for start in (self.norm, self.position):
+                if isinstance(start, nn.LayerNorm):
+                    start.reset_parameters()
+                elif isinstance(start, nn.Parameter):
+                    nn.init.normal_(start, std=0.02)
         else:
             repeated = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
             self.conv.weight.data = F.pad(repeated, (0, 0, 0, 0, 0, channels - C))
-            self.conv.bias.data.copy_(own.proj.bias.detach())
+            bias = torch.zeros(len(repeated)) if own.proj.bias is None else own.proj.bias.detach()
+            self.conv.bias.data.copy_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
         x = with_coordinates(x) if self.coordinates else x
         x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         z = self.conv(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
-        return self.norm(z)
+        return self.norm(z) if self.position is None else self.norm(z) + self.position
 
 
 # Copied from orca.source_embedder
@@ -309,6 +316,31 @@ class ImageBody(nn.Module):
             z = layer(z)
             features.append(z)
         return [*features[:-1], self.norm(z)]
+
+
+# Copied from orca.PlainBody
+class PlainBody(nn.Module):
+    """g: the blocks of a ViT, (B, N, D) -> [(B, h, w, D), ...], what each returns."""
+
+    def __init__(self, vit: nn.Module, grid: tuple):
+        super().__init__()
+        self.blocks, self.first, self.grid = vit.blocks, vit.norm_pre, grid
+        self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
+        names = ("cls_token", "dist_token", "reg_token")  # in timm's order
+        tokens = [t for t in (getattr(vit, name, None) for name in names) if t is not None]
+        prefix = torch.cat(tokens, dim=1).detach() if tokens else torch.zeros(1, 0, vit.embed_dim)
+        own = vit.pos_embed.detach()[:, : -math.prod(grid)]  # the positions of the prefix, or none
+        prefix[:, : own.shape[1]] += own
+        self.prefix = nn.Parameter(prefix)  # (1, P, D)
+        self.maps = [(grid, vit.embed_dim)] * len(self.blocks)
+
+    def forward(self, z: Tensor) -> list[Tensor]:
+        P, features = self.prefix.shape[1], []
+        z = self.first(torch.cat([self.prefix.expand(len(z), -1, -1), z], dim=1))
+        for block in self.blocks:
+            z = block(z)
+            features.append(z[:, P:].unflatten(1, self.grid))  # (B, P + N, D) -> (B, h, w, D)
+        return [*features[:-1], self.norm(features[-1])]
 
 
 # ---- 5. Predictor h^t ----------------------------------------------------------------------------
@@ -378,7 +410,8 @@ class Model(nn.Module):
         super().__init__()
         series = len(x_shape) == 2
         self.f_t = (SeriesEmbedder if series else ImageEmbedder)(x_shape, net, patches, **embedder)
-        self.g = (SeriesBody if series else ImageBody)(net, self.f_t.grid)
+        kind = SeriesBody if series else ImageBody if hasattr(net, "layers") else PlainBody
+        self.g = kind(net, self.f_t.grid)
         self.h_t = Predictor(self.g.maps, out_shape)
 
     def standardise(self, x_mean: Tensor, x_std: Tensor, y_mean: Tensor, y_std: Tensor) -> None:
@@ -493,16 +526,24 @@ class Mixer(nn.Module):
 
 # Copied from orca.Log
 class Log:
-    """One line an epoch, on the screen and in metrics.jsonl."""
+    """One line an epoch, on the screen and in metrics.jsonl; one a step in steps.csv."""
 
     def __init__(self, out: Path):
         self.file, self.rows, self.start = out / "metrics.jsonl", [], time.time()
+        self.steps, self.steps_file = ["step,lr,loss,grad_norm"], out / "steps.csv"
+
+    def step(self, step: int, *values: float) -> None:
+        """Keep a step of stage "finetune"; it is written at the end of the epoch."""
+        self.steps.append(",".join([str(step), *(f"{value:.6g}" for value in values)]))
 
     def __call__(self, epoch: int, epochs: int, stage: str, **values) -> None:
         values["time_s"] = round(time.time() - self.start, 1)
         self.rows.append({"epoch": epoch, "stage": stage, **values})
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
+        with self.steps_file.open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in self.steps)
+        self.steps.clear()
         shown = " ".join(f"{key}={number(value)}" for key, value in values.items())
         print(f"epoch {epoch:0{len(str(epochs))}}/{epochs} stage={stage} {shown}", flush=True)
 
@@ -556,11 +597,12 @@ def finetune(
             optimizer.zero_grad()
             scaler.scale(finite(loss, schedule.last_epoch, lr)).backward()
             scaler.unscale_(optimizer)
-            norm += float(nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf))
+            length = float(nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf))
             scaler.step(optimizer)
             scaler.update()
+            log.step(schedule.last_epoch, lr, loss.item(), length)
             schedule.step()
-            total += loss.item() * len(x)
+            norm, total = norm + length, total + loss.item() * len(x)
         error = evaluate(model, "val", task, cfg)
         if error < best:
             best = error
@@ -620,7 +662,8 @@ def open_run(cfg: Config) -> Path:
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not cfg.overwrite):
         raise ValueError(f"{out} is not empty; choose another --out, or give --overwrite")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.jsonl").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "steps.csv"):
+        (out / name).unlink(missing_ok=True)
     return out
 
 

@@ -1,7 +1,8 @@
 """The only door to pretrained bodies: load_body() from a name, rebuild() from a run's config.json.
 
-A body is what the libraries call a model: a RobertaModel of transformers for series, a
-SwinTransformer of timm for images. The methods take their embedders and g out of it.
+A body is what the libraries call a model: a RobertaModel of transformers for series (or one of its
+twins, CamemBERT and XLM-RoBERTa), a SwinTransformer or VisionTransformer of timm for images, of any
+width and depth. The methods take their embedders and g out of it.
 """
 
 import math
@@ -13,6 +14,7 @@ from torch import nn
 FOLDER = Path(__file__).resolve().parent
 TINY = {2: "tiny_roberta", 3: "tiny_swin"}  # len(x_shape): the body that comes with the project
 PATCHES = {2: 32, 3: 256}  # and how many patches suit it
+ROBERTAS = ("roberta", "xlm-roberta", "camembert")  # of one and the same form
 
 
 def load_body(
@@ -24,7 +26,8 @@ def load_body(
         name: a folder, in bodies/ or anywhere, or a hub's name: of transformers for series (with
             a "/" in it), of timm for images; random:NAME takes only the architecture of NAME.
         x_shape: (C, L) of series or (C, H, W) of images; decides which kind of body it must be.
-        patches: that images are cut into, 4 x 4 pixels each: sets the size they are brought to.
+        patches: that images are cut into, by the body's own patch size (Swin 4 x 4 pixels, ViT
+            often 16 x 16): sets the size they are brought to.
     Returns: the model, without dropout; for series a function from texts to lists of token ids,
         for images None.
     Raises: ValueError if there is no such body, or it is of another kind.
@@ -43,7 +46,7 @@ def load_body(
     try:
         if series:
             return _roberta(place, untrained)
-        return _swin(place, untrained, patches), None
+        return _vision(place, untrained, patches), None
     except (OSError, ValueError, RuntimeError, AssertionError, TypeError, KeyError) as error:
         reason = str(error).split("\n")[0]
         holds = "config.json, model.safetensors" + (" and a tokenizer" if series else "")
@@ -65,7 +68,7 @@ def _roberta(place: str, untrained: bool) -> tuple[nn.Module, Callable]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(place)
-    if config.model_type != "roberta":
+    if config.model_type not in ROBERTAS:
         raise ValueError(f"it is a {config.model_type}; series take a RoBERTa")
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     tokenizer = AutoTokenizer.from_pretrained(place)
@@ -78,23 +81,29 @@ def _roberta(place: str, untrained: bool) -> tuple[nn.Module, Callable]:
     return model, tokenize
 
 
-def _swin(place: str, untrained: bool, patches: int) -> nn.Module:
+def _vision(place: str, untrained: bool, patches: int) -> nn.Module:
     import timm
+    import torch
     from timm.models.swin_transformer import SwinTransformer
+    from timm.models.vision_transformer import VisionTransformer
 
     if Path(place).is_dir():
         place = f"local-dir:{place}"
     elif "/" in place:
         place = f"hf-hub:{place}"
+    with torch.device("meta"):  # a look at it, without weights
+        kind = timm.create_model(place, pretrained=False, num_classes=0)
+    if not isinstance(kind, SwinTransformer | VisionTransformer) or (
+        isinstance(kind, VisionTransformer) and kind.pos_embed is None
+    ):
+        raise ValueError(f"it is a {type(kind).__name__}; images take a Swin transformer or a ViT")
     model = timm.create_model(
         place,
         pretrained=not untrained,
         num_classes=0,
         drop_path_rate=0.0,
-        img_size=4 * math.isqrt(patches),
+        img_size=kind.patch_embed.patch_size[0] * math.isqrt(patches),
     )
-    if not isinstance(model, SwinTransformer):
-        raise ValueError(f"it is a {type(model).__name__}; images take a Swin transformer")
     return spread(model) if untrained else model
 
 
@@ -120,9 +129,10 @@ def describe(model: nn.Module) -> dict:
 def rebuild(saved: dict) -> nn.Module:
     """The architecture that describe() told of, untrained."""
     if saved["library"] == "transformers":
-        from transformers import AutoModel, RobertaConfig
+        from transformers import AutoConfig, AutoModel
 
-        return AutoModel.from_config(RobertaConfig(**saved["config"]), add_pooling_layer=False)
+        config = AutoConfig.for_model(**saved["config"])
+        return AutoModel.from_config(config, add_pooling_layer=False)
     import timm
 
     return timm.create_model(saved["name"], pretrained=False, num_classes=0, **saved["sizes"])

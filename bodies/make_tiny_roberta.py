@@ -6,7 +6,7 @@ folder in the Hugging Face form, so that AutoModel.from_pretrained("bodies/tiny_
 very code path of "roberta-base"; its README.md is the model card that this script writes.
 
     python bodies/make_tiny_roberta.py              # about 25 minutes on two CPU cores
-    python bodies/make_tiny_roberta.py --steps 20 --out somewhere     # a look at the machinery
+    python bodies/make_tiny_roberta.py --steps 300 --out bodies/tiny_roberta_10pct    # less of it
 
 The state is saved every --save-every steps beside the result; run again to go on from there.
 """
@@ -217,12 +217,13 @@ def card(args, streams, log, unigram, probes, size_mb, params) -> str:
         "vocabulary, untrained)",
     }
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
-    return f"""# tiny_roberta
+    made = f"python bodies/make_tiny_roberta.py --steps {args.steps} --out bodies/{args.out.name}"
+    return f"""# {args.out.name}
 
 A small RoBERTa for two CPU cores: {LAYERS} layers, width {D}, {HEADS} heads, feed-forward {INNER},
 512 positions, byte-level BPE vocabulary of {VOCABULARY}; {params / 1e6:.2f} M parameters,
 {size_mb:.1f} MB of safetensors. It stands in for `roberta-base` where nothing can be downloaded.
-Made by `python bodies/make_tiny_roberta.py`; nothing of it comes from anywhere else.
+Made by `{made}`; nothing of it comes from anywhere else.
 
 | | |
 |---|---|

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import bodies
+import orca
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bodies" / "tiny_roberta"
 
@@ -167,3 +170,51 @@ def test_pretraining_of_tiny_swin_goes_on_where_it_stopped(swin_maker, tmp_path,
     broken = trained("broken")
     assert len(steps) == 3 + 2  # from step 2 on
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+VITS = ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"]
+
+
+@pytest.mark.parametrize("name", [*VITS, "swin_tiny_patch4_window7_224"])
+def test_bodies_of_other_widths_are_the_library_s_own_forward(name):
+    """Embedder and g together give what timm gives; and describe() is enough to build it anew."""
+    import timm
+
+    patches = 3136 if name.startswith("swin") else 36
+    torch.manual_seed(0)
+    net, _ = bodies.load_body(f"random:{name}", (3, 20, 20), patches)
+    model = orca.Model(net, (3, 20, 20), (4,), patches).eval()
+    x = torch.randn(1, 3, *net.patch_embed.img_size)
+    with torch.no_grad():
+        theirs = net.eval().forward_features(x)
+        theirs = theirs[:, getattr(net, "num_prefix_tokens", 0) :] if theirs.ndim == 3 else theirs
+        ours = model.g(model.f_t(x))
+        torch.testing.assert_close(ours[-1].flatten(1, 2), theirs.reshape(1, -1, ours[-1].shape[3]))
+        assert [(tuple(z.shape[1:3]), z.shape[3]) for z in ours] == list(model.g.maps)
+        again = orca.Model(bodies.rebuild(bodies.describe(net)), (3, 20, 20), (4,), patches)
+        again.load_state_dict(model.state_dict())
+        torch.testing.assert_close(again.eval()(x), model(x))
+    assert timm.is_model(name)
+
+
+def test_series_take_a_roberta_of_any_width_and_its_twins(tmp_path):
+    """As the MiniBERTas: fewer layers, another width, saved in the Hugging Face form."""
+    from transformers import AutoModel, AutoTokenizer, CamembertConfig, RobertaConfig
+
+    sizes = {"vocab_size": 4096, "hidden_size": 48, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 3, "intermediate_size": 96, "max_position_embeddings": 80}
+    for config in (RobertaConfig(**sizes), CamembertConfig(**sizes)):
+        place = tmp_path / config.model_type
+        AutoModel.from_config(config, add_pooling_layer=False).save_pretrained(place)
+        AutoTokenizer.from_pretrained(bodies.FOLDER / "tiny_roberta").save_pretrained(place)
+        net, tokenize = bodies.load_body(str(place), (1, 46), 32)
+        model = orca.Model(net, (1, 46), (1, 46), 32)
+        assert model(torch.randn(2, 1, 46)).shape == (2, 1, 46) and len(model.g.maps) == 3
+        assert tokenize(["a word"])[0]
+        again = orca.Model(bodies.rebuild(bodies.describe(net)), (1, 46), (1, 46), 32)
+        again.load_state_dict(model.state_dict())
+
+
+def test_another_kind_of_vision_model_is_refused():
+    with pytest.raises(ValueError, match="it is a ResNet; images take a Swin transformer or a ViT"):
+        bodies.load_body("random:resnet18", (3, 32, 32), 64)

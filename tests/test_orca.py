@@ -114,18 +114,23 @@ def test_balanced_rows_take_as_many_of_each_class():
     assert labels[rows].bincount().tolist() == [10, 9, 3] and len(rows.unique()) == len(rows)
 
 
-@pytest.mark.parametrize("kind", ["otdd", "mmd", "l2"])
-def test_O2_lowers_its_distance_and_trains_f_t_alone(kind, body, source, series, tmp_path):
+@pytest.mark.parametrize("features", ["mean", "random-patch"])
+@pytest.mark.parametrize("kind", [name for name in orca.ALIGN if name != "none"])
+def test_O2_lowers_its_distance_and_trains_f_t_alone(
+    kind, features, body, source, series, tmp_path
+):
     task = tasks.load_task(str(series))
     model = fresh(body)
     before, embeddings = state(model), copy.deepcopy(body[0].embeddings.state_dict())
-    z_s = orca.source_features(body[0].embeddings, source, torch.device("cpu"))
+    z_s = orca.source_features(body[0].embeddings, source, torch.device("cpu"), features)
     assert z_s.shape == (200, 128) and not z_s.requires_grad
-    cfg = orca.configure(align=kind, align_epochs=15, align_samples=64, align_lr=5e-3)
+    how = {"align": kind, "align_features": features, "align_samples": 64, "align_lr": 5e-3}
+    cfg = orca.configure(**how, align_epochs=15, align_steps_per_epoch=2)
     log = orca.Log(tmp_path)
     orca.align(model, z_s, source.y, task, cfg, log)
     distance = [row["distance"] for row in log.rows]
-    assert distance[-1] < 0.8 * distance[0]
+    assert distance[-1] < 0.85 * distance[0] and len(log.rows) == 15
+    assert all(row["grad_norm"] > 0 and 0 < row["separability"] < 1 for row in log.rows)
     assert changed(model, before) == {"f_t"}
     for name, w in body[0].embeddings.state_dict().items():
         assert torch.equal(w, embeddings[name]), name  # source features are frozen
@@ -153,6 +158,103 @@ def test_O2_otdd_sees_labels_and_mmd_does_not(body, source):
     for kind, same in (("otdd", False), ("mmd", True)):
         D = orca.distance_to(kind, z_s, source.y)
         assert torch.allclose(D(z_t, y_t), D(z_t, other)) == same
+
+
+def test_what_D_sees_of_a_sample_is_its_mean_or_one_of_its_patches():
+    z = torch.randn(6, 5, 3)
+    assert torch.equal(orca.one_vector(z, "mean"), z.mean(dim=1))
+    picked = torch.stack([orca.one_vector(z, "random-patch") for _ in range(40)])  # (40, 6, 3)
+    hit = (picked.unsqueeze(2) == z).all(dim=-1)  # (40, 6, 5)
+    assert (hit.sum(dim=-1) == 1).all() and hit.any(dim=0).all()
+
+
+def test_separability_is_the_share_of_the_variance_between_classes():
+    y = torch.arange(300) % 3
+    points = torch.eye(3)[y]
+    assert orca.separability(points, y) == pytest.approx(1)
+    noise = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    assert orca.separability(noise, y) < 0.03
+    mixed = points * 6**0.5 + noise  # between: 6 * 2/9 * 3 = 4, within: 3
+    assert orca.separability(mixed, y) == pytest.approx(4 / 7, abs=0.05)
+
+
+@pytest.fixture()
+def clouds(body, source):
+    """Source features with classes, target features with three classes, shares of these."""
+    z_s = orca.source_features(body[0].embeddings, source, torch.device("cpu")).double()
+    y_t = torch.arange(45) % 3
+    noise = torch.randn(45, 128, generator=torch.Generator().manual_seed(0)).double()
+    z_t = (noise + 3 * torch.nn.functional.one_hot(y_t, 128)).requires_grad_()
+    return z_s, source.y, z_t, y_t, torch.tensor([0.5, 0.3, 0.2]).double()
+
+
+def slope(kind, clouds, permuted=None):
+    z_s, y_s, z_t, y_t, share = clouds
+    y_s = y_s if permuted is None else y_s[permuted]
+    value = orca.distance_to(kind, z_s, y_s, share)(z_t, y_t)
+    return value.item(), torch.autograd.grad(value, z_t)[0]
+
+
+@pytest.mark.parametrize("kind", ["otdd", "otdd-gaussian", "otdd-classwise"])
+def test_O4_labels_of_the_source_act_on_otdd_but_not_on_the_released_one(kind, clouds):
+    order = torch.randperm(len(clouds[0]), generator=torch.Generator().manual_seed(1))
+    value, gradient = slope(kind, clouds)
+    other_value, other_gradient = slope(kind, clouds, order)
+    assert value != pytest.approx(other_value, rel=1e-4)  # the number changes in any case
+    moved = (gradient - other_gradient).norm() / gradient.norm()
+    assert moved < 1e-9 if kind == "otdd-classwise" else moved > 0.01
+
+
+def test_O4_is_otdd_class_by_class_with_a_constant_label_term(clouds):
+    from otdd import label_distances, otdd
+
+    z_s, y_s, z_t, y_t, share = clouds
+    want, gradient = 0.0, torch.zeros_like(z_t)
+    for c in range(3):
+        z_c, y_c = z_t[y_t == c].detach().requires_grad_(), torch.zeros(15).long()
+        value, pi = otdd(z_s, y_s, z_c, y_c, plan=True)
+        want += float(share[c]) * value.item()
+        # with the label term held constant only |x - x'|^2 has a gradient, and pi is its plan
+        cost = (pi * torch.cdist(z_s, z_c).square()).sum()
+        gradient[y_t == c] = share[c] * torch.autograd.grad(cost, z_c)[0]
+        const = label_distances(z_s, y_s, z_c, y_c)[y_s.unique(return_inverse=True)[1]].mean()
+        assert value.item() == pytest.approx((cost + const).item(), rel=1e-9)
+    value, got = slope("otdd-classwise", clouds)
+    assert value == pytest.approx(want, rel=1e-9)
+    torch.testing.assert_close(got, gradient, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "field"])
+@pytest.mark.parametrize("align", ["otdd-classwise", "otdd-gaussian"])
+def test_every_alignment_takes_every_kind_of_target(kind, align, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 3, 16, 16)).astype(np.float32)
+    y = {
+        "classes": rng.integers(0, 3, 60),
+        "labels": rng.integers(0, 2, (60, 4)),
+        "field": x[:, :1] * 2,
+    }[kind]
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
+    flags = f"--task {tmp_path / 'd.npz'} --align {align} --align-epochs 5 --epochs 1"
+    flags += f" --align-lr 1e-3 --source-size 100 --align-samples 50 --out {tmp_path / 'run'}"
+    result = orca.main(orca.parse_args(flags.split()))
+    assert result["align"] == align and np.isfinite(result["test_error"])
+    rows = [json.loads(r) for r in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[4]["distance"] < rows[0]["distance"]
+
+
+def test_sources_are_ranked_by_distance_and_those_not_there_are_named(series, capsys, tmp_path):
+    flags = f"--task {series} --rank-sources --align-epochs 4 --align-lr 5e-3 --source-size 100"
+    assert orca.cli([*flags.split(), "--data-dir", str(tmp_path), "--align-samples", "40"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("rank")]
+    assert "conll2003: left out" in printed and len(rows) >= 3
+    values = [dict(part.split("=") for part in row.split()[2:]) for row in rows]
+    assert {"words", "code", "noise"} <= {row["source"] for row in values}
+    after = [float(row["otdd_after"]) for row in values]
+    assert after == sorted(after)
+    assert all(float(row["otdd_after"]) < float(row["otdd_before"]) for row in values)
+    assert not list(tmp_path.iterdir())  # nothing is trained or written
 
 
 TRAINED = {
@@ -201,12 +303,17 @@ def run(series, tmp_path_factory):
 
 def test_a_run_aligns_learns_and_writes_everything(run, series):
     cfg, result, out = run
-    names = "config.json metrics.jsonl curves.png model.safetensors result.json".split()
+    names = "config.json metrics.jsonl steps.csv curves.png model.safetensors result.json".split()
     assert sorted(p.name for p in out.iterdir()) == sorted(names)
     assert json.loads((out / "result.json").read_text()) == result
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == ["align"] * 4 + ["finetune"] * 3
     assert rows[3]["distance"] < rows[0]["distance"]
+    steps = [line.split(",") for line in (out / "steps.csv").read_text().splitlines()]
+    assert steps[0] == ["step", "lr", "loss", "grad_norm"] and len(steps[1:]) % 3 == 0
+    per_epoch = len(steps[1:]) // 3
+    norms = [float(norm) for *_, norm in steps[-per_epoch:]]
+    assert sum(norms) / per_epoch == pytest.approx(rows[-1]["grad_norm"], rel=1e-4)
     assert rows[-1]["train_loss"] < rows[4]["train_loss"]
     assert result["align"] == "otdd" and result["source"] == "words"
     saved = json.loads((out / "config.json").read_text())
