@@ -13,6 +13,8 @@ where the steady u is about 0.02) that x does not show. What is left of it is 2 
 the median, but more than all of it in a tenth of the rocks, those with little of the high nu: no
 model can know it. published=True is that problem, on every second cell of 128 x 128.
 
+`python -m tasks.darcy_2d --out FILE --n N` writes that problem, in the layout of the real file.
+
 x: nu; y: u, neither of them normalised. nRMSE of predicting the mean u: 0.53; of predicting x: 53.
 """
 
@@ -23,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from scipy.linalg import cho_solve_banded, cholesky_banded
 
-from tasks import metrics
+from tasks import metrics, pdebench
 
 GRID, FILE_GRID = 64, 128  # cells a side: ours, and the file's
 BETA, LOW, HIGH = 0.1, 0.1, 1.0  # the source, and the two values of nu
@@ -31,16 +33,17 @@ MEAN_OF_BUMPS = 1.853  # of the sum of five, over the square and over all rocks
 TIME = 1.75  # of the file's u
 KRYLOV = 12  # dimension of the space in which a start decays
 ROWS = 500  # of the file that are read at once
-FILE = "2D_DarcyFlow_beta0.1_Train.hdf5"
+NAME = "2D_DarcyFlow_beta0.1_Train.hdf5"
 URL = "https://darus.uni-stuttgart.de/api/access/datafile/133218"
 WANT = "nu > 0 (n, 128, 128) and tensor (n, 1, 128, 128), finite numbers, n >= 10"
 
 
-def rocks(n: int, N: int, rng: np.random.Generator) -> np.ndarray:
-    """nu of n rocks at the centres of N x N cells, (n, N, N)."""
+def rocks(n: int, N: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """nu of n rocks at the centres of N x N cells, (N, N) each; all are drawn before the first."""
     m, s = rng.uniform(0, 1, (2, n, 5, 1)), rng.uniform(0, 0.5, (n, 5, 1))
-    bump_y, bump_x = np.exp(-(((np.arange(N) + 0.5) / N - m) ** 2) / s)  # (n, 5, N) each
-    return np.where(np.einsum("nbi,nbj->nij", bump_y, bump_x) > MEAN_OF_BUMPS, HIGH, LOW)
+    for i in range(n):
+        bump_y, bump_x = np.exp(-(((np.arange(N) + 0.5) / N - m[:, i]) ** 2) / s[i])  # (5, N) each
+        yield np.where(bump_y.T @ bump_x > MEAN_OF_BUMPS, HIGH, LOW)
 
 
 def factor(nu: np.ndarray, published: bool = False) -> np.ndarray:
@@ -102,6 +105,17 @@ def start(N: int, rng: np.random.Generator) -> np.ndarray:
     return (level + F).ravel()
 
 
+def pressures(n: int, seed: int | list[int], published: bool) -> Iterator[tuple[np.ndarray, ...]]:
+    """nu and u of n rocks, (N, N) each: steady on 64 x 64 cells, or at t = 1.75 on 128 x 128."""
+    rng = np.random.default_rng(seed)
+    N = FILE_GRID if published else GRID
+    for nu in rocks(n, N, rng):
+        A = factor(nu, published)
+        steady = solve(A, BETA)
+        late = decay(A, start(N, rng) - steady, TIME) if published else 0
+        yield nu, (steady + late).reshape(N, N)
+
+
 def simulate(
     n: int, seed: int | list[int], published: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -110,17 +124,20 @@ def simulate(
     published: u at t = 1.75 instead of the steady one; this takes ten times as long (a minute for
     all of the default sizes).
     """
-    rng = np.random.default_rng(seed)
-    N = FILE_GRID if published else GRID
-    nu = rocks(n, N, rng)
-    u = np.empty_like(nu)
-    for i in range(n):
-        A = factor(nu[i], published)
-        steady = solve(A, BETA)
-        late = decay(A, start(N, rng) - steady, TIME) if published else 0
-        u[i] = (steady + late).reshape(N, N)
-    every = np.s_[:, None, :: N // GRID, :: N // GRID]
-    return nu[every].astype(np.float32), u[every].astype(np.float32)
+    x, y = (np.empty((n, 1, GRID, GRID), np.float32) for _ in range(2))
+    every = np.s_[:: FILE_GRID // GRID, :: FILE_GRID // GRID] if published else np.s_[:, :]
+    for i, (nu, u) in enumerate(pressures(n, seed, published)):
+        x[i, 0], y[i, 0] = nu[every], u[every]
+    return x, y
+
+
+def frames(n: int, seed: int | list[int]) -> Iterator[dict[str, np.ndarray]]:
+    """Solve the rocks of simulate(n, seed, published=True), on all cells.
+
+    The default problem, the steady pressure, is not what the published file holds.
+    """
+    for nu, u in pressures(n, seed, published=True):
+        yield {"nu": nu[None], "tensor": u[None, None]}
 
 
 @contextmanager
@@ -152,13 +169,14 @@ def read(root: Path, split: str, published: bool = False) -> tuple[np.ndarray, n
     "test": the first tenth of the file; "train": the rest. Every second cell, as published.
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold.
     """
-    path = Path(root) / "pdebench" / FILE
+    path = Path(root) / "pdebench" / NAME
     if not published:
         raise ValueError(
             f"{path}: holds pressures that are not steady yet, not those of this task; read it "
             "with --published, or run on simulated data (--data simulated)"
         )
     with hdf5(path, URL, WANT) as file:
+        pdebench.check_attributes(file, FILE.attributes)
         nu, u = file["nu"], file["tensor"]
         n = len(nu)
         if n < 10 or nu.shape != (n, FILE_GRID, FILE_GRID) or u.shape != (n, 1) + nu.shape[1:]:
@@ -196,3 +214,14 @@ TASK = {
     },
 }
 PUBLISHED = {"title": "Darcy 2D: pressure at t = 1.75 in a rock of two materials"}
+CENTRES = (np.arange(FILE_GRID) + 0.5) / FILE_GRID
+FILE = pdebench.File(
+    NAME,
+    frames,
+    {"x-coordinate": CENTRES, "y-coordinate": CENTRES},
+    {"beta": BETA},
+    published_only=True,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(pdebench.cli(FILE))

@@ -20,22 +20,27 @@ Real data: PDEBench (Takamoto et al. 2022), `1D_CFD_Rand_Eta0.1_Zeta0.1_periodic
 (sines.py), of which every eighth cell is taken. The first 1000 are for testing.
 
 Simulated data: the equations, solved by a Fourier method in log rho, log p and v.
+`python -m tasks.navier_stokes_1d --out FILE --n N` writes the published problem, in the layout of
+the real file.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from tasks import metrics, sines
+from tasks import metrics, pdebench, sines
 
-GAMMA, NU = 5 / 3, 4 / 3 * 0.1 + 0.1
+ETA, ZETA = 0.1, 0.1
+GAMMA, NU = 5 / 3, 4 / 3 * ETA + ZETA
 FRAME, STRIDE = 10, 8  # ours: t = 0.1, every eighth of 1024 cells
 FRAME_PUBLISHED, STRIDE_PUBLISHED = 100, 1
 STRIDE_SOLVED = 4  # of the published problem, which is solved on 256 points
 COURANT = 2.0  # of the shortest wave; the method's limit is 2.8
 CHUNK = 32  # samples solved together; more would not fit a processor's cache
-NAME = "1D_CFD_Rand_Eta0.1_Zeta0.1_periodic_Train.hdf5"
+NAME, FRAMES = "1D_CFD_Rand_Eta0.1_Zeta0.1_periodic_Train.hdf5", 101
+KEYS = ("density", "pressure", "Vx")
 
 
 def nrmse_loss(out: Tensor, y: Tensor) -> Tensor:
@@ -138,6 +143,21 @@ def simulate(
     return x.astype(np.float32), y.astype(np.float32)
 
 
+def frames(n: int, seed: int | list[int]) -> Iterator[dict[str, np.ndarray]]:
+    """Solve the states of simulate(n, seed, published=True) for all frames, on 256 points.
+
+    Half of the fields have a window, as PDEBench's have. Read without --published the file gives
+    simulate(n, seed) for the samples, an eighth of all, whose three fields have none.
+    """
+    x = start(n, np.random.default_rng(seed), windowed=0.5)
+    for chunk in np.array_split(x, range(CHUNK, n, CHUNK)):
+        u, series = chunk[:, :, ::STRIDE_SOLVED], [chunk]
+        for _ in range(1, FRAMES):
+            u = solve(u, 0.01)
+            series.append(refine(u, STRIDE_SOLVED))
+        yield dict(zip(KEYS, np.stack(series, axis=2).swapaxes(0, 1), strict=True))
+
+
 def read(root: Path, split: str, published: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The real states of a split ("train" or "test"), in the form of simulate.
 
@@ -145,12 +165,12 @@ def read(root: Path, split: str, published: bool = False) -> tuple[np.ndarray, n
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold.
     """
     frame, stride = (FRAME_PUBLISHED, STRIDE_PUBLISHED) if published else (FRAME, STRIDE)
-    keys = ("density", "pressure", "Vx")
-    fields = sines.read_frames(root, NAME, 164668, split, (0, frame), steps=101, keys=keys)
+    wanted = {"frames": (0, frame), "steps": FRAMES, "attributes": FILE.attributes}
+    fields = sines.read_frames(root, NAME, 164668, split, keys=KEYS, **wanted)
     if fields[:, :2].min() <= 0:
         raise ValueError(
             f"{Path(root) / 'pdebench' / NAME}: a density or pressure is not positive; expected "
-            f"{', '.join(keys)} of a gas; get {sines.DARUS}164668"
+            f"{', '.join(KEYS)} of a gas; get {sines.DARUS}164668"
         )
     x, y = (np.ascontiguousarray(fields[:, :, i, ::stride]) for i in (0, 1))
     return x, y
@@ -171,3 +191,9 @@ TASK = {
     "sizes": {"train": 1000, "val": 100, "test": 200},
     "published": {"PINN": 0.72, "FNO": 0.068, "ORCA": 0.062, "PaRe": 0.0662},
 }
+FILE = pdebench.File(
+    NAME, frames, sines.coordinates(FRAMES, start=-1.0), {"eta": ETA, "zeta": ZETA}
+)
+
+if __name__ == "__main__":
+    raise SystemExit(pdebench.cli(FILE))

@@ -17,17 +17,20 @@ Before the wave reaches the walls (never, by t = 1) h depends on the distance r 
 only. And the equations have no length of their own: h / H is one function of r / R and
 t sqrt(H) / R, so that a single solution, in one dimension, serves every dam. It is sharper than the
 real file can be: solved on 128 x 128 cells, the trough in the middle is 0.04 less deep for R = 0.7.
+`python -m tasks.shallow_water --out FILE --n N` writes the published problem, in the layout of the
+real file.
 
 x: h at t = 0; y: h at t = 1. nRMSE of predicting the mean y: 0.13; of predicting x: 0.23 (small
 numbers, since most of h is the level H).
 """
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from tasks import metrics
+from tasks import metrics, pdebench
 from tasks.darcy_2d import hdf5
 
 GRID, FILE_GRID = 64, 128  # cells a side: ours, and the file's
@@ -35,7 +38,7 @@ HALF = 2.5  # half of the side of the square
 RADIUS, LEVEL, OFFSET = (0.3, 0.7), (0.8, 1.2), 0.4  # of the dams: R, H, centre
 CELLS, REACH = 1200, 6.0  # of the solution for R = H = 1: the wave is within r <= 5.6
 FINE = 4  # points a side of a cell over which h is averaged
-FILE, FRAMES = "2D_rdb_NA_NA.h5", (0, 100)
+NAME, FRAMES = "2D_rdb_NA_NA.h5", (0, 100)
 URL = "https://darus.uni-stuttgart.de/api/access/datafile/133021"
 WANT = "at least 10 groups, each with data, finite depths > 0 of shape (101, 128, 128, 1)"
 
@@ -87,11 +90,12 @@ def history(cells: int = CELLS, until: float = 3.7) -> tuple[np.ndarray, np.ndar
     return r, dt * np.arange(len(h)), np.array(h)
 
 
-def depth(R: float, H: float, distance: np.ndarray) -> np.ndarray:
-    """h at t = 1 at these distances from the centre of a dam."""
+def depth(R: float, H: float, distance: np.ndarray, t: float = 1.0) -> np.ndarray:
+    """h at the time t > 0 at these distances from the centre of a dam."""
     r, times, h = history()
-    late = np.searchsorted(times, H**0.5 / R)
-    weight = (H**0.5 / R - times[late - 1]) / times[1]
+    t = t * H**0.5 / R  # in the time of R = H = 1
+    late = np.searchsorted(times, t)
+    weight = (t - times[late - 1]) / times[1]
     return H * np.interp(distance / R, r, (1 - weight) * h[late - 1] + weight * h[late])
 
 
@@ -105,8 +109,7 @@ def simulate(
     centre = rng.uniform(-OFFSET, OFFSET, (n, 2))
     if published:
         H[:], centre[:] = 1, 0
-    points = HALF * ((2 * np.arange(N * fine) + 1) / (N * fine) - 1)  # fine of them a cell
-    cells = HALF * ((2 * np.arange(N) + 1) / N - 1)
+    cells, points = centres(N), centres(N * fine)
     x, y = (np.empty((n, 1, N, N), np.float32) for _ in range(2))
     for i in range(n):
         row, column = (points - centre[i, :, None]) ** 2
@@ -116,6 +119,25 @@ def simulate(
             x[i, 0] = 1 + (np.hypot(cells[:, None], cells) <= R[i])
         y[i, 0] = averaged(depth(R[i], H[i], distance), fine)
     return x, y
+
+
+def frames(n: int, seed: int | list[int]) -> Iterator[dict[str, np.ndarray]]:
+    """Solve the dams of simulate(n, seed, published=True), which differ in R alone, for all frames.
+
+    The default's other centres and levels have no place in the published file: read without
+    --published it gives these dams on 64 x 64 cells.
+    """
+    fine, (cells, points) = FINE // 2, (centres(FILE_GRID), centres(FILE_GRID * FINE // 2))
+    distance = np.hypot(points[:, None], points)
+    for R in np.random.default_rng(seed).uniform(*RADIUS, n):
+        series = [1 + (np.hypot(cells[:, None], cells) <= R)]
+        series += [averaged(depth(R, 1.0, distance, i / 100), fine) for i in range(1, 101)]
+        yield {"data": np.stack(series)[None, ..., None]}
+
+
+def centres(N: int) -> np.ndarray:
+    """Of N cells along a side, (N,)."""
+    return HALF * ((2 * np.arange(N) + 1) / N - 1)
 
 
 def averaged(field: np.ndarray, size: int) -> np.ndarray:
@@ -130,7 +152,7 @@ def read(root: Path, split: str, published: bool = False) -> tuple[np.ndarray, n
     By default four cells are averaged into one, which is again a mean over a cell.
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold.
     """
-    path = Path(root) / "pdebench" / FILE
+    path = Path(root) / "pdebench" / NAME
     with hdf5(path, URL, WANT) as file:
         h = read_groups(file, split, FRAMES, 1)
         if h.min() <= 0:
@@ -184,3 +206,17 @@ TASK = {
     },
 }
 PUBLISHED = {"x_shape": (1, FILE_GRID, FILE_GRID), "y_shape": (1, FILE_GRID, FILE_GRID)}
+FILE = pdebench.File(
+    NAME,
+    frames,
+    {
+        "grid/x": centres(FILE_GRID),
+        "grid/y": centres(FILE_GRID),
+        "grid/t": np.linspace(0, 1, 101),
+    },
+    {"config": f"sim:\n  gravity: 1.0\n  T_end: 1.0\n  xdim: {FILE_GRID}\n  ydim: {FILE_GRID}\n"},
+    groups=True,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(pdebench.cli(FILE))

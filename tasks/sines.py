@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from tasks import pdebench
+
 CELLS = 1024
 TEST = 10  # one row in so many, the first ones, is for testing
+BLOCK = 16  # samples of which all frames are in memory at once
 DARUS = "https://darus.uni-stuttgart.de/api/access/datafile/"
 
 
@@ -20,9 +23,14 @@ def centres(start: float = 0.0, end: float = 1.0) -> np.ndarray:
     return start + (np.arange(CELLS) + 0.5) * (end - start) / CELLS
 
 
+def coordinates(steps: int, start: float = 0.0) -> dict[str, np.ndarray]:
+    """The coordinates in a file of so many frames; careful: one time more than there are frames."""
+    return {"x-coordinate": centres(start, 1.0), "t-coordinate": np.arange(steps + 1) / 100}
+
+
 def random_sines(
     n: int, rng: np.random.Generator, waves: int = 4, windowed: float = 0.1, length: float = 1.0
-) -> Callable[[np.ndarray], np.ndarray]:
+) -> Callable[..., np.ndarray]:
     """Draw n periodic fields u(x) = sum_j A_j sin(2 pi j c_j x / length + phi_j), j = 1..waves.
 
     A_j is uniform in 0..1, phi_j in 0..2 pi. Two numbers are drawn from 1..waves; c_j is how often
@@ -30,9 +38,10 @@ def random_sines(
     fields are |u|, half are -u, and a share `windowed` is 0 outside a window within 0.1 < x < 0.9.
 
     Returns: a function of points x, (L,), or (n, L) if each field has its own, that gives the
-        values there, (n, L). Points and length have the unit of x; a domain that is not 0..length
-        keeps its window at the same x. Points outside the domain are the caller's to wrap around.
-        PDEBench's sines have the period length - length / 1024, ours are periodic in the domain.
+        values there, (n, L); u(x, rows) those of some fields. Points and length have the unit of x;
+        a domain that is not 0..length keeps its window at the same x. Points outside the domain are
+        the caller's to wrap around. PDEBench's sines have the period length - length / 1024, ours
+        are periodic in the domain.
     Example: `u0 = random_sines(8, rng)`, then `u0(centres())` and `u0((centres() - 0.8) % 1)`.
     """
     drawn = rng.integers(1, waves + 1, (n, 2))
@@ -44,14 +53,14 @@ def random_sines(
     inside = rng.random((n, 1)) < windowed
     left, right = rng.uniform(0.1, 0.45, (n, 1)), rng.uniform(0.55, 0.9, (n, 1))
 
-    def u(x: np.ndarray) -> np.ndarray:
-        total = np.zeros(np.broadcast_shapes((n, 1), x.shape))
+    def u(x: np.ndarray, rows: slice = np.s_[:]) -> np.ndarray:
+        total = 0.0
         for i in range(waves):
-            wave = 2 * np.pi * j[i] * c[:, i, None] * x / length + phi[:, i, None]
-            total += amplitude[:, i, None] * np.sin(wave)
-        total = sign * np.where(absolute, np.abs(total), total)
-        window = (np.tanh((x - left) / 0.01) - np.tanh((x - right) / 0.01)) / 2
-        return np.where(inside, window * total, total)
+            wave = 2 * np.pi * j[i] * c[rows, i, None] * x / length + phi[rows, i, None]
+            total = total + amplitude[rows, i, None] * np.sin(wave)
+        total = sign[rows] * np.where(absolute[rows], np.abs(total), total)
+        window = (np.tanh((x - left[rows]) / 0.01) - np.tanh((x - right[rows]) / 0.01)) / 2
+        return np.where(inside[rows], window * total, total)
 
     return u
 
@@ -71,6 +80,7 @@ def read_frames(
     steps: int,
     keys: tuple[str, ...] = ("tensor",),
     first: float | None = None,
+    attributes: dict[str, float] | None = None,
 ) -> np.ndarray:
     """Some frames of root/pdebench/name, and no other part of the file.
 
@@ -80,6 +90,7 @@ def read_frames(
         frames, steps: which frames, and how many there should be.
         keys: the arrays, each of (rows, steps, 1024).
         first: where the first cell's centre should be; None: not looked at.
+        attributes: what the file's should be, where it has any; None: not looked at.
     Returns: float32, (rows, len(keys), len(frames), 1024).
     Raises: FileNotFoundError or ValueError, one line that names the file and what it should hold.
     """
@@ -96,6 +107,8 @@ def read_frames(
         raise ValueError(f"{path}: HDF5 files need h5py: pip install h5py") from None
     try:
         with h5py.File(path, "r") as file:
+            if attributes is not None:
+                pdebench.check_attributes(file, attributes)
             if first is not None:
                 _check_grid(file, first)
             parts = [_frames(file, key, split, frames, steps) for key in keys]

@@ -12,7 +12,7 @@ from tasks import darcy, darcy_2d, metrics
 
 
 def rock(seed, N=64):
-    return darcy_2d.rocks(1, N, np.random.default_rng(seed))[0]
+    return next(darcy_2d.rocks(1, N, np.random.default_rng(seed)))
 
 
 def steady(nu, f=darcy_2d.BETA, published=False):
@@ -135,7 +135,8 @@ def test_default_is_the_steady_pressure_of_its_rock():
 
 
 def test_rocks_are_half_of_each_material():
-    share = (darcy_2d.rocks(3000, 32, np.random.default_rng(0)) == 1).mean(axis=(1, 2))
+    rocks = darcy_2d.rocks(3000, 32, np.random.default_rng(0))
+    share = np.array([(nu == 1).mean() for nu in rocks])
     assert share.mean() == pytest.approx(0.49, abs=0.02)
     assert share.std() == pytest.approx(0.21, abs=0.02)
 
