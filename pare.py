@@ -8,7 +8,7 @@ mixture has to be recognised as both. k falls from k0 to 0 over the epochs, so t
 from what it knows to what it is to learn.
 
     (P1)  s = sigmoid(F_C(z)), a score for every patch of z^s and z^t            slide 25
-    (P2)  k = k0 (1 - e/E), epochs e = 0..E                                      slide 26
+    (P2)  k = k_end + (k0 - k_end) (1 - e/E), epochs e = 0..E, k_end = 0         slide 26
     (P3)  z^m: z^t with its k lowest-scored patches replaced by the k            slide 26
           highest-scored patches of z^s, the others kept where they are
     (P4)  lambda = k / k0                                                        slide 27
@@ -22,6 +22,7 @@ Generation, ICML 2024 (arXiv 2406.09003).
     python pare.py --task satellite                     simulated data, tiny body, no network
     python pare.py --task satellite --k0 0              without replacement: plain fine-tuning
     python pare.py --task cosmic                        images with a mask to predict
+    python pare.py --task satellite --align otdd        after ORCA's alignment of f^t
     python pare.py --task mine.npz --device cuda        arrays x_train, y_train, x_test, y_test
     python pare.py --task satellite --paper             real data, roberta-base, published settings
 Baselines are settings of orca.py.
@@ -32,9 +33,10 @@ is m^t.
 
 Differences from the published code:
  1. The k lowest-scored target patches are replaced, as the paper says; after its first epochs the
-    released code replaces the highest-scored.
+    released code replaces the highest-scored (--replace highest).
  2. The gate has a gradient in every epoch (straight-through); the released one stops learning
-    after a few epochs.
+    after a few epochs. Its first epochs sample with noise that drowns the scores; --select gumbel
+    samples with noise of their spread.
  3. lambda = k/k0 as on the slide; --lam k/N gives the released code's share of source patches.
  4. k ends at 0 in the last epoch, which trains on the target alone.
  5. The best epoch is chosen on validation data; the released code has no selection.
@@ -48,6 +50,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -60,9 +63,13 @@ from tqdm import tqdm
 
 import bodies
 import tasks
+from mmd import mmd2
+from otdd import OTDD, label_distances, wasserstein
 
 # B batch, C channels, L length or H x W, N patches, D width of the body, K classes
 METHOD = "pare"
+ALIGN = ("otdd", "otdd-classwise", "otdd-gaussian", "mmd", "l2", "none")
+GATES = ("shared", "separate", "random", "none")
 WINDOW = 64  # tokens of a source sample
 NARROW = 32  # numbers of a patch from which h^t makes the points of a series
 
@@ -94,10 +101,24 @@ class Config:
     patches: int = opt(0, "N at most, 0: 32 for series, 256 (16 x 16) for images", low=0)
     embedder_init: str = opt("body", "what f^t starts from", ("body", "random"))
     coordinates: bool = opt(False, "give f^t the place of each point, as further channels of x")
+    # alignment of f^t beforehand, as in orca.py (slide 9)
+    align: str = opt("none", "distance D to minimise", ALIGN)
+    align_features: str = opt("mean", "what D sees of a sample", ("mean", "random-patch"))
+    align_epochs: int = opt(20, "epochs of it", low=1)
+    align_steps_per_epoch: int = opt(3, "steps in each", low=1)
+    align_lr: float = opt(0.0, "its learning rate, 0: 1e-3 for series, 1e-4 for images", low=0)
+    align_samples: int = opt(384, "target samples a step, balanced over the classes", low=2)
     # patch replacement (slides 25 to 27)
+    gate: str = opt("shared", "F_C: one for both, two; random or no scores", GATES)
+    select: str = opt("top", "the k best, or sampled by their scores", ("top", "gumbel"))
+    replace: str = opt("lowest", "which target patches make way", ("lowest", "highest"))
     k0: int = opt(-1, "patches replaced in the first epoch; 0: none; -1: 70 % of them", low=-1)
+    k_end: int = opt(0, "and in the last", low=0)
+    k_by: str = opt("epoch", "how often k changes", ("epoch", "step"))
     lam: str = opt("k/k0", "weight lambda of the source's loss in L_mix", ("k/k0", "k/N"))
     mix_weight: float = opt(0.3, "weight w of L_mix beside the plain target loss", low=0)
+    plain_target_loss: str = opt("on", "off: L_mix alone, as slide 27 has it", ("on", "off"))
+    source_labels: str = opt("on", "off: L_mix without L_src", ("on", "off"))
     # fine-tuning (slide 6)
     epochs: int = opt(15, "epochs", low=1)
     batch_size: int = opt(32, "samples a step", low=1)
@@ -127,6 +148,7 @@ EPOCHS = {"cifar100": 8, "spherical": 8, "darcy": 10, "psicov": 27, "cosmic": 7}
 EPOCHS |= {"ninapro": 8, "fsd50k": 8, "ecg": 10, "deepsea": 4}
 EPOCHS |= dict.fromkeys(tasks.PDES, 20)
 EPOCHS |= dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), 13)
+ALIGN_LR = {2: 1e-3, 3: 1e-4}  # by the length of x_shape, as in orca.py
 PATCHES = {"cosmic": 1024, "ecg": 50, "deepsea": 50}
 PAPER = {"data": "real", "body": "FacebookAI/roberta-base", "source": "conll2003"}
 PAPER |= {"source_size": 5000, "patches": 512, "lam": "k/N"}
@@ -164,6 +186,29 @@ def batches(dataset, cfg: Config, seed: int) -> DataLoader:
     """The training set in a random order, which the seed fixes for all epochs of a run."""
     rng = torch.Generator().manual_seed(seed)
     return DataLoader(dataset, cfg.batch_size, shuffle=True, generator=rng)
+
+
+# Copied from orca.balanced_rows
+def balanced_rows(labels: Tensor, size: int, rng: torch.Generator) -> Tensor:
+    """Rows of about `size` samples, as many of each class as of any other, at least 2 of each."""
+    per_class = max(2, size // len(labels.unique()))
+    order = torch.randperm(len(labels), generator=rng)
+    return torch.cat([order[labels[order] == k][:per_class] for k in labels.unique()])
+
+
+# Copied from orca.one_vector
+def one_vector(z: Tensor, how: str) -> Tensor:
+    """What D sees of each sample: its mean patch, as published, or one of them: -> (B, D)."""
+    if how == "mean":
+        return z.mean(dim=1)
+    return z[torch.arange(len(z)), torch.randint(z.shape[1], (len(z),))]
+
+
+# Copied from orca.source_features
+@torch.no_grad()
+def source_features(f_s: nn.Module, source: tasks.Source, device: torch.device, how="mean"):
+    """Embedded source samples, one vector each: (n, D). f^s is frozen."""
+    return torch.cat([one_vector(f_s(x.to(device)), how) for x in source.x.split(500)])
 
 
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
@@ -426,24 +471,38 @@ class Model(nn.Module):
 
 
 class Gate(nn.Module):
-    """F_C: scores the patches of source and target alike, (B, N, D) -> (B, N) in (0, 1) (P1)."""
+    """F_C: a score for each patch, (B, N, D) -> (B, N) in (0, 1) (P1).
 
-    def __init__(self, D: int):
+    kind: "shared": one F_C for source and target, as published; "separate": one each; "random":
+        scores that mean nothing; "none": no scores at all, the last target patches make way for
+        the first source patches. The last two are what a gate has to be better than.
+    """
+
+    def __init__(self, D: int, kind: str = "shared"):
         super().__init__()
+        self.kind = kind
         self.linear = nn.Linear(D, 1)
+        self.linear_s = nn.Linear(D, 1) if kind == "separate" else self.linear
 
-    def forward(self, z: Tensor) -> Tensor:
-        return torch.sigmoid(self.linear(z)).squeeze(-1)  # (P1)
+    def forward(self, z: Tensor, source: bool = False) -> Tensor:
+        if self.kind == "random":
+            return torch.rand(z.shape[:2], device=z.device)
+        if self.kind == "none":
+            N = z.shape[1]
+            return torch.linspace(1, 0, N + 2, device=z.device)[1:-1].expand(len(z), N)
+        linear = self.linear_s if source else self.linear
+        return torch.sigmoid(linear(z)).squeeze(-1)  # (P1)
 
 
-def patches_to_replace(k0: int, epoch: int, epochs: int) -> int:
-    """k of an epoch (P2): k0 in the first, falling linearly, 0 in the last.
+def patches_to_replace(k0: int, epoch: int, epochs: int, k_end: int = 0) -> int:
+    """k of an epoch (P2): k0 in the first, falling linearly, k_end in the last.
 
     Args:
-        epoch, epochs: epochs are numbered 0..epochs - 1, so slide 26's total E is epochs - 1.
+        epoch, epochs: epochs are numbered 0..epochs - 1, so slide 26's total E is epochs - 1. Or
+            steps, likewise.
     Source: slide 26, whose denominator is cut off; read as the number of the last epoch.
     """
-    return round(k0 * (1 - epoch / max(1, epochs - 1)))  # (P2)
+    return round(k_end + (k0 - k_end) * (1 - epoch / max(1, epochs - 1)))  # (P2)
 
 
 def first_k(cfg: Config, N: int) -> int:
@@ -452,7 +511,10 @@ def first_k(cfg: Config, N: int) -> int:
         raise ValueError(
             f"--k0 {cfg.k0} exceeds the {N} patches of task '{cfg.task}'; choose 0..{N}"
         )
-    return cfg.k0 if cfg.k0 >= 0 else round(0.7 * N)
+    k0 = cfg.k0 if cfg.k0 >= 0 else round(0.7 * N)
+    if cfg.k_end > k0:
+        raise ValueError(f"--k-end {cfg.k_end} exceeds k0 = {k0}; choose 0..{k0}")
+    return k0
 
 
 def straight_through(s: Tensor) -> Tensor:
@@ -460,13 +522,26 @@ def straight_through(s: Tensor) -> Tensor:
     return 1 + (s - s.detach())
 
 
-def replace_patches(z_t: Tensor, z_s: Tensor, s_t: Tensor, s_s: Tensor, k: int) -> Tensor:
+def sampled(s: Tensor) -> Tensor:
+    """Scores with Gumbel noise of their own spread: their top k is a sample without replacement.
+
+    Source: Kool et al. 2019, Stochastic beams. Differs from the release, whose noise has a spread
+    of 1.28 whatever that of the scores is, so that its choice is nearly random.
+    """
+    noise = -torch.log(-torch.log(torch.rand_like(s).clamp(1e-7, 1 - 1e-7)))
+    return s.detach() + s.detach().std(dim=1, keepdim=True) * noise
+
+
+def replace_patches(
+    z_t: Tensor, z_s: Tensor, s_t: Tensor, s_s: Tensor, k: int, select="top", lowest=True
+) -> Tensor:
     """Replace the k lowest-scored target patches by the k highest-scored source patches (P3).
 
     Args:
         z_t, z_s: patch embeddings, (B, N, D) and (B, N_s, D).
         s_t, s_s: their scores, (B, N) and (B, N_s).
         k: how many, 0 <= k <= min(N, N_s).
+        select: "top", or "gumbel" to sample by the scores; lowest: False to replace the highest.
     Returns: z_mix, (B, N, D), a new tensor. The best source patch takes the place of the worst
         target patch, and so on; all other patches stay where they are. In value a copy of the
         patches, in gradient weighted by their scores.
@@ -476,10 +551,11 @@ def replace_patches(z_t: Tensor, z_s: Tensor, s_t: Tensor, s_s: Tensor, k: int) 
     (B, N, D), N_s = z_t.shape, z_s.shape[1]
     if not 0 <= k <= min(N, N_s):
         raise ValueError(f"k={k} patches cannot be replaced: target has {N}, source has {N_s}")
-    worst = s_t.topk(k, dim=1, largest=False).indices  # (B, k)
-    best_score, best = s_s.topk(k, dim=1)  # (B, k), (B, k)
+    rank_t, rank_s = (sampled(s_t), sampled(s_s)) if select == "gumbel" else (s_t, s_s)
+    worst = rank_t.topk(k, dim=1, largest=not lowest).indices  # (B, k)
+    best = rank_s.topk(k, dim=1).indices  # (B, k)
     taken = z_s.gather(1, best.unsqueeze(-1).expand(B, k, D))  # (B, N_s, D) -> (B, k, D)
-    taken = taken * straight_through(best_score).unsqueeze(-1)
+    taken = taken * straight_through(s_s.gather(1, best)).unsqueeze(-1)
     kept = z_t * straight_through(s_t).unsqueeze(-1)
     return kept.scatter(1, worst.unsqueeze(-1).expand(B, k, D), taken)  # (P3)
 
@@ -492,10 +568,10 @@ def mixing_weight(kind: str, k: int, k0: int, N: int) -> float:
 class Mixer(nn.Module):
     """What training adds to the target model: the gate, and the source's f^s, data and h^s."""
 
-    def __init__(self, f_s: nn.Module, source: tasks.Source, maps: list, seed: int):
+    def __init__(self, f_s: nn.Module, source: tasks.Source, maps: list, seed: int, gate="shared"):
         super().__init__()
         self.f_s, self.source = f_s.requires_grad_(False).eval(), source
-        self.gate = Gate(maps[0][1])
+        self.gate = Gate(maps[0][1], gate)
         self.h_s = Predictor(maps, source.out_shape)
         self.rng = torch.Generator().manual_seed(seed)
 
@@ -512,13 +588,78 @@ class Mixer(nn.Module):
         rows = torch.randint(len(self.source.y), (len(x_t),), generator=self.rng)
         x_s, y_s = self.source.x[rows].to(x_t.device), self.source.y[rows].to(x_t.device)
         z_s = self.f_s(x_s)  # (B, N_s, D)
-        z_mix = replace_patches(z_t, z_s, self.gate(z_t), self.gate(z_s), k)
-        stages = [z.chunk(2) for z in model.g(torch.cat([z_t, z_mix]))]  # 2B samples -> 2 x B
-        features, mixed = zip(*stages, strict=True)
+        scores = self.gate(z_t), self.gate(z_s, source=True)
+        z_mix = replace_patches(z_t, z_s, *scores, k, cfg.select, cfg.replace == "lowest")
+        plain = cfg.plain_target_loss == "on"
+        stages = model.g(torch.cat([z_t, z_mix]) if plain else z_mix)  # 2B samples, or B
+        mixed = [z[-len(z_mix) :] for z in stages]
         lam = mixing_weight(cfg.lam, k, cfg.k0, z_t.shape[1])
-        target = task.loss(model.h_t(features), y_t)
-        mix_t, mix_s = task.loss(model.h_t(mixed), y_t), self.source.loss(self.h_s(mixed), y_s)
-        return target + cfg.mix_weight * ((1 - lam) * mix_t + lam * mix_s)  # (P5), (P6)
+        mix = (1 - lam) * task.loss(model.h_t(mixed), y_t)
+        if cfg.source_labels == "on":
+            mix = mix + lam * self.source.loss(self.h_s(mixed), y_s)  # (P5)
+        loss = cfg.mix_weight * mix
+        if plain:
+            loss = loss + task.loss(model.h_t([z[: len(z_mix)] for z in stages]), y_t)
+        return loss  # (P6)
+
+
+# Copied from orca.distance_to
+def distance_to(
+    name: str, z_s: Tensor, y_s: Tensor, share: Tensor | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """D of (O2): a function of the target's features and labels that knows the source's.
+
+    Args:
+        name: "otdd" (features and labels, slide 10), "otdd-gaussian" (labels as Gaussians),
+            "otdd-classwise" (as released), "mmd" (features, slide 40), or "l2" (the mean distance
+            of random pairs, as ORCA's baseline has it; not a distance of distributions).
+        z_s, y_s: source features (n, D) and classes (n,).
+        share: of each target class, (K,), adding up to 1; only "otdd-classwise" needs it.
+    Returns: a function (z_t (m, D), y_t (m,)) -> scalar, differentiable in z_t.
+    """
+    if name == "otdd":
+        return OTDD(z_s, y_s)
+    if name == "otdd-gaussian":
+        D = OTDD(z_s, y_s, label_distance="gaussian")
+        several = lambda y_t: y_t.bincount()[y_t] > 1  # noqa: E731 (one sample has no covariance)
+        return lambda z_t, y_t: D(z_t[several(y_t)], y_t[several(y_t)])
+    if name == "otdd-classwise":
+        return lambda z_t, y_t: classwise(z_s, y_s, z_t, y_t, share)
+    if name == "mmd":
+        return lambda z_t, y_t: mmd2(z_s, z_t)
+
+    def l2(z_t: Tensor, y_t: Tensor) -> Tensor:
+        pairs = torch.randint(len(z_s), (len(z_t),)).to(z_s.device)
+        return (z_t - z_s[pairs]).norm(dim=1).mean()
+
+    return l2
+
+
+# Copied from orca.classwise
+def classwise(z_s: Tensor, y_s: Tensor, z_t: Tensor, y_t: Tensor, share: Tensor) -> Tensor:
+    """The released D (O4): OTDD of each target class by itself with all of the source.
+
+    With a single target class c, the label term of d_Z is W(y_i, c): it depends on the source
+    sample alone, whose weight in any plan is 1/n. So it adds the same to all plans: pi, and with it
+    the gradient, is that of the features, whatever the labels of the source are.
+    """
+    total = z_t.new_zeros(())
+    for c in y_t.unique():
+        z_c = z_t[y_t == c]
+        with torch.no_grad():  # detached, as released
+            const = label_distances(z_s, y_s, z_c, torch.zeros_like(y_t[: len(z_c)]))
+            const = const[y_s.unique(return_inverse=True)[1]].mean()
+        total = total + share[c] * (wasserstein(z_s, z_c) ** 2 + const)  # (O4)
+    return total
+
+
+# Copied from orca.separability
+def separability(z: Tensor, y: Tensor) -> float:
+    """Share of the variance of z (m, D) between the classes: 1 if each is a point; by chance
+    (K - 1) / (m - 1)."""
+    means = torch.stack([z[y == c].mean(dim=0) for c in y.unique()])
+    within = (z - means[y.unique(return_inverse=True)[1]]).square().sum()
+    return float(1 - within / (z - z.mean(dim=0)).square().sum().clamp(min=1e-30))
 
 
 # ---- 7. Training ---------------------------------------------------------------------------------
@@ -562,6 +703,42 @@ def finite(loss: Tensor, step: int, lr: float) -> Tensor:
     return loss
 
 
+# Copied from orca.align
+def align(model: Model, z_s: Tensor, y_s: Tensor, task: tasks.Task, cfg: Config, log: Log) -> None:
+    """Stage 2 (O2): train f^t alone so that its features come close to the source's.
+
+    Args:
+        z_s, y_s: source features (n, D) and classes (n,), on the device of the model.
+        task: the target; without classes it lends those that k-means makes of y.
+    """
+    rng = torch.Generator().manual_seed(cfg.seed)
+    pool, labels = tasks.some_classes(task, cfg.seed)
+    D = distance_to(cfg.align, z_s, y_s, labels.bincount() / len(labels))
+    optimizer = torch.optim.AdamW(model.f_t.parameters(), cfg.align_lr, weight_decay=0.0)
+    for epoch in range(cfg.align_epochs):
+        sums = torch.zeros(3)
+        for _ in range(cfg.align_steps_per_epoch):
+            rows = balanced_rows(labels, cfg.align_samples, rng)
+            z_t = embedded(model.f_t, task, [pool[row] for row in rows.tolist()], cfg)
+            y_t = labels[rows].to(z_s.device)
+            loss = D(z_t, y_t)  # (O2)
+            optimizer.zero_grad()
+            finite(loss, epoch, cfg.align_lr).backward()
+            norm = nn.utils.clip_grad_norm_(model.f_t.parameters(), math.inf)
+            optimizer.step()
+            sums += torch.tensor([loss.item(), norm.item(), separability(z_t.detach(), y_t)])
+        names = ("distance", "grad_norm", "separability")
+        values = dict(zip(names, (sums / cfg.align_steps_per_epoch).tolist(), strict=True))
+        log(epoch + 1, cfg.align_epochs, "align", **values)
+
+
+# Copied from orca.embedded
+def embedded(f_t: nn.Module, task: tasks.Task, rows: list[int], cfg: Config) -> Tensor:
+    """What D sees of the given training samples: (m, D)."""
+    x_t = torch.stack([task.train[row][0] for row in rows])
+    return one_vector(f_t(x_t.to(next(f_t.parameters()).device)), cfg.align_features)
+
+
 # Copied from orca.rate
 def rate(step: int, steps: int, warmup: float) -> float:
     """Factor of the learning rate: a linear rise in the first share `warmup`, then a fall to 0."""
@@ -588,10 +765,12 @@ def finetune(
     best = math.inf
     for epoch in range(cfg.epochs):
         total = norm = 0.0
-        k = patches_to_replace(cfg.k0, epoch, cfg.epochs)
+        k = patches_to_replace(cfg.k0, epoch, cfg.epochs, cfg.k_end)
         model.train()
         for x, y in tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=None):
             x, y, lr = x.to(device), y.to(device), schedule.get_last_lr()[0]
+            if cfg.k_by == "step":
+                k = patches_to_replace(cfg.k0, schedule.last_epoch, steps, cfg.k_end)
             with autocast(device, cfg.precision):
                 loss = mixer.loss(model, task, x, y, k, cfg)
             optimizer.zero_grad()
@@ -713,33 +892,25 @@ def draw_curves(rows: list[dict], task: tasks.Task, test_error: float, path: Pat
 
 def main(cfg: Config) -> dict:
     """Run all stages. Returns the result, which is also printed and written with the rest."""
-    start, device = time.time(), pick_device(cfg.device)
-    torch.manual_seed(cfg.seed)
-    which = (cfg.task, cfg.data, cfg.data_dir, cfg.seed, cfg.train_size or None, cfg.published)
-    task = tasks.load_task(*which)
-    cfg = resolve(cfg, task)
-    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
-    shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
-    shape |= {"coordinates": cfg.coordinates}
-    model = Model(net, **shape, init=cfg.embedder_init)
-    model.standardise(*tasks.statistics(task))
-    f_s = source_embedder(net)
+    start = time.time()
+    cfg, task, net, tokenize, model, shape = build(cfg)
+    device, f_s = next(model.parameters()).device, source_embedder(net)
     cfg = replace(cfg, k0=first_k(cfg, N=math.prod(model.f_t.grid)))
-    size = {"length": max(WINDOW, cfg.k0), "size": 4 * math.isqrt(cfg.patches)}
-    size["masks"] = len(task.out_shape) == 3
-    rest = (cfg.source_size, cfg.seed, cfg.data_dir)
-    source = tasks.load_source(cfg.source, *rest, tokenize=tokenize, **size)
-    model.to(device)
-    mixer = Mixer(f_s, source, model.g.maps, cfg.seed).to(device)
+    source = load_source(cfg, tokenize, masks=len(task.out_shape) == 3)
+    mixer = Mixer(f_s, source, model.g.maps, cfg.seed, cfg.gate).to(device)
     out = open_run(cfg)
     describe(cfg, task, model, out, {**shape, "body": bodies.describe(net)})
 
     log, weights = Log(out), out / "model.safetensors"
+    if cfg.align != "none":
+        classes = load_source(cfg, tokenize, masks=False)
+        z_s = source_features(f_s, classes, device, cfg.align_features)
+        align(model, z_s, classes.y.to(device), task, cfg, log)
     val_error = finetune(model, mixer, task, cfg, log, weights)
     model.load_state_dict(load_file(weights))
     test_error = evaluate(model, "test", task, cfg)
     result = {"method": METHOD, "task": cfg.task, "data": task.data, "body": cfg.body}
-    result |= {"source": cfg.source, "align": "none"}
+    result |= {"source": cfg.source, "align": cfg.align}
     result |= {"seed": cfg.seed, "metric": task.metric_name}
     result |= {"test_error": round(test_error, 6), "val_error": round(val_error, 6)}
     result |= {"epochs": cfg.epochs, "train_size": len(task.train)}
@@ -750,6 +921,31 @@ def main(cfg: Config) -> dict:
     draw_curves(log.rows, task, test_error, out / "curves.png")
     print("result", json.dumps(result), flush=True)
     return result
+
+
+# Copied from orca.build
+def build(cfg: Config) -> tuple:
+    """Stage 1 (O1): cfg without gaps, task, body, its tokenizer, model, and what load() needs."""
+    device = pick_device(cfg.device)
+    torch.manual_seed(cfg.seed)
+    which = (cfg.task, cfg.data, cfg.data_dir, cfg.seed, cfg.train_size or None, cfg.published)
+    task = tasks.load_task(*which)
+    cfg = resolve(cfg, task)
+    cfg = replace(cfg, align_lr=cfg.align_lr or ALIGN_LR[len(task.x_shape)])
+    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
+    shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
+    shape |= {"coordinates": cfg.coordinates}
+    model = Model(net, **shape, init=cfg.embedder_init)
+    model.standardise(*tasks.statistics(task))
+    return cfg, task, net, tokenize, model.to(device), shape
+
+
+# Adapted from orca.load_source: of masks for images with a dense target, and k0 tokens at least
+def load_source(cfg: Config, tokenize: Callable | None, masks: bool) -> tasks.Source:
+    """Samples of the source, of the size that suits the body, with classes or masks."""
+    size = {"length": max(WINDOW, cfg.k0), "size": 4 * math.isqrt(cfg.patches), "masks": masks}
+    rest = (cfg.source_size, cfg.seed, cfg.data_dir)
+    return tasks.load_source(cfg.source, *rest, tokenize=tokenize, **size)
 
 
 # Copied from orca.describe

@@ -46,6 +46,56 @@ def test_P2_falls_linearly_from_k0_to_0():
         k = [pare.patches_to_replace(k0, epoch, epochs) for epoch in range(epochs)]
         assert k[0] == k0 and k[-1] == 0 and sorted(k, reverse=True) == k
     assert pare.patches_to_replace(9, 0, 1) == 9
+    k = [pare.patches_to_replace(30, epoch, 11, k_end=10) for epoch in range(11)]
+    assert k == [30 - 2 * epoch for epoch in range(11)]
+
+
+@pytest.mark.parametrize("kind", pare.GATES)
+def test_P1_kinds_of_gates(kind):
+    torch.manual_seed(0)
+    gate = pare.Gate(5, kind)
+    z_t, z_s, *_ = patches()
+    s_t, s_s = gate(z_t), gate(z_s, source=True)
+    assert s_t.shape == (3, 7) and 0 < s_t.min() and s_t.max() < 1
+    same_side = torch.equal(gate(z_s), s_s)
+    assert same_side == (kind in ("shared", "none"))
+    if kind == "none":  # the last target patches make way for the first source patches
+        z_mix = pare.replace_patches(z_t, z_s, s_t, s_s, 3)
+        torch.testing.assert_close(z_mix[:, :4], z_t[:, :4])
+        torch.testing.assert_close(z_mix[:, 4:].flip(1), z_s[:, :3])
+    z_mix = pare.replace_patches(z_t, z_s, gate(z_t), gate(z_s, source=True), 3)
+    z_mix.square().sum().backward() if z_mix.requires_grad else None
+    learns = [w.grad is not None for w in (gate.linear.weight, gate.linear_s.weight)]
+    assert learns == {"shared": [True] * 2, "separate": [True] * 2}.get(kind, [False] * 2)
+
+
+def test_P3_replaces_the_highest_if_asked():
+    z_t, z_s, s_t, s_s = patches()
+    z_mix = pare.replace_patches(z_t, z_s, s_t, s_s, 3, lowest=False)
+    torch.testing.assert_close(z_mix, naive_replace(z_t, z_s, -s_t, s_s, 3), rtol=0, atol=0)
+
+
+def test_P3_sampling_follows_the_scores_and_varies():
+    """Gumbel's top k is a sample without replacement: odds exp(score / spread of the scores)."""
+    torch.manual_seed(0)
+    s = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]).expand(20000, 5)
+    first = pare.sampled(s).argmax(dim=1).bincount(minlength=5) / 20000
+    want = torch.softmax(s[0] / s[0].std(), dim=0)
+    torch.testing.assert_close(first, want, atol=0.015, rtol=0)
+    z_t, z_s, s_t, s_s = patches()
+    mixed = [pare.replace_patches(z_t, z_s, s_t, s_s, 3, "gumbel") for _ in range(30)]
+    changed = torch.stack([(z_mix != z_t).any(dim=2) for z_mix in mixed])
+    assert (changed.sum(dim=2) == 3).all() and len(changed.flatten(1).unique(dim=0)) > 5
+    often, low = changed.float().mean(dim=0), s_t.argsort(dim=1)
+    assert often.gather(1, low[:, :1]).mean() > often.gather(1, low[:, -1:]).mean() + 0.2
+
+
+def test_P3_any_number_of_patches_on_both_sides():
+    for N, N_s in ((7, 3), (3, 9), (1, 1)):
+        z_t, z_s, s_t, s_s = patches(N=N, N_s=N_s)
+        for k in range(min(N, N_s) + 1):
+            z_mix = pare.replace_patches(z_t, z_s, s_t, s_s, k)
+            torch.testing.assert_close(z_mix, naive_replace(z_t, z_s, s_t, s_s, k))
 
 
 @pytest.mark.parametrize("k", [0, 1, 4, 7])
@@ -107,8 +157,10 @@ class Toy(nn.Module):
         self.h_t = pare.Predictor([((7,), 5)], (3,))
 
 
+@pytest.mark.parametrize("plain", ["on", "off"])
+@pytest.mark.parametrize("labels", ["on", "off"])
 @pytest.mark.parametrize("lam", ["k/k0", "k/N"])
-def test_P5_P6_loss_is_the_weighted_sum(lam):
+def test_P5_P6_loss_is_the_weighted_sum(lam, labels, plain):
     torch.manual_seed(0)
     model = Toy()
     table = nn.Embedding(20, 5)
@@ -116,7 +168,7 @@ def test_P5_P6_loss_is_the_weighted_sum(lam):
     mixer = pare.Mixer(table, source, [((7,), 5)], seed=3)
     task = type("task", (), {"loss": staticmethod(F.cross_entropy)})
     x, y, k = torch.randn(6, 7, 5), torch.randint(3, (6,)), 2
-    cfg = pare.Config(k0=4, lam=lam, mix_weight=0.3)
+    cfg = pare.Config(k0=4, lam=lam, mix_weight=0.3, source_labels=labels, plain_target_loss=plain)
     got = mixer.loss(model, task, x, y, k, cfg)
 
     rows = torch.randint(8, (6,), generator=torch.Generator().manual_seed(3))
@@ -124,8 +176,8 @@ def test_P5_P6_loss_is_the_weighted_sum(lam):
     z_mix = naive_replace(z_t, z_s, mixer.gate(z_t), mixer.gate(z_s), k)
     ce, weight = F.cross_entropy, {"k/k0": 2 / 4, "k/N": 2 / 7}[lam]
     p_mt, p_ms = model.h_t(model.g(z_mix)), mixer.h_s(model.g(z_mix))
-    l_mix = (1 - weight) * ce(p_mt, y) + weight * ce(p_ms, source.y[rows])
-    want = ce(model.h_t(model.g(z_t)), y) + 0.3 * l_mix
+    l_mix = (1 - weight) * ce(p_mt, y) + (labels == "on") * weight * ce(p_ms, source.y[rows])
+    want = (plain == "on") * ce(model.h_t(model.g(z_t)), y) + 0.3 * l_mix
     torch.testing.assert_close(got, want)
 
 
@@ -209,3 +261,63 @@ def test_without_replacement_it_is_naive_fine_tuning(series, tmp_path):
     a = pare.main(pare.Config(**common, k0=0, out=str(tmp_path / "pare")))
     b = orca.main(orca.Config(**common, align="none", out=str(tmp_path / "orca")))
     assert a["val_error"] == b["val_error"] and a["test_error"] == b["test_error"]
+
+
+FLAGS = ["--gate separate", "--gate random", "--gate none", "--select gumbel", "--replace highest"]
+FLAGS += ["--k0 5", "--k-end 3", "--k-by step", "--lam k/N", "--mix-weight 0.9", "--align mmd"]
+FLAGS += ["--plain-target-loss off", "--source-labels off"]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_every_flag_changes_the_run(flag, run, series, tmp_path):
+    cfg, _, out = run
+    common = f"--task {series} --epochs 4 --source-size 64 --align-epochs 2 --align-samples 40"
+    argv = f"{common} {flag} --out {tmp_path / 'run'}".split()
+    pare.main(pare.parse_args(argv))
+    rows, plain = (
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        for place in (tmp_path / "run", out)
+    )
+    tuned = [row for row in rows if row["stage"] == "finetune"]
+    losses = [[row["train_loss"] for row in found] for found in (tuned, plain)]
+    assert losses[0] != losses[1]
+    k = [row["k"] for row in tuned]
+    if flag == "--k-end 3":
+        assert k == [16, 12, 7, 3]
+    if flag == "--k-by step":  # the k of the last step of each epoch
+        assert k[-1] == 0 and 11 <= k[0] < 16
+    if flag == "--align mmd":
+        assert [row["stage"] for row in rows] == ["align"] * 2 + ["finetune"] * 4
+        assert rows[1]["distance"] < rows[0]["distance"]
+
+
+def test_k_end_beyond_k0_is_refused(series, tmp_path):
+    cfg = pare.Config(task=str(series), k0=4, k_end=5, out=str(tmp_path / "no"))
+    with pytest.raises(ValueError, match="--k-end 5 exceeds k0 = 4; choose 0..4"):
+        pare.main(cfg)
+
+
+def test_alignment_before_replacement_takes_dense_targets_too(tmp_path):
+    """h^s then learns masks of the source, and OTDD sees its classes."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(48, 1, 16, 16)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=2 * x, x_test=x[:9], y_test=2 * x[:9])
+    flags = f"--task {tmp_path / 'd.npz'} --align otdd --align-epochs 3 --epochs 2"
+    flags += f" --source-size 60 --align-samples 40 --out {tmp_path / 'run'}"
+    result = pare.main(pare.parse_args(flags.split()))
+    assert result["align"] == "otdd" and np.isfinite(result["test_error"])
+
+
+def test_the_last_batch_is_mixed_as_well(series, tmp_path, monkeypatch):
+    """87 samples in batches of 32: the last has 23, and the source follows."""
+    sizes = []
+    whole = pare.replace_patches
+
+    def seen(z_t, z_s, *rest):
+        sizes.append((len(z_t), len(z_s)))
+        return whole(z_t, z_s, *rest)
+
+    monkeypatch.setattr(pare, "replace_patches", seen)
+    common = {"task": str(series), "epochs": 1, "source_size": 64, "k0": 3}
+    pare.main(pare.Config(**common, out=str(tmp_path / "run")))
+    assert sizes == [(32, 32), (32, 32), (23, 23)]
