@@ -108,3 +108,56 @@ def test_the_linear_filter_finds_a_convolution():
     y[0, 0, :5] = float("nan")
     (got,) = script("baselines").linear_filter(list(zip(x, y, strict=True)), [x[1:]], (1, 20, 20))
     torch.testing.assert_close(got, y[1:], rtol=1e-3, atol=1e-3)
+
+
+def test_relaxed_selection_of_the_release_is_a_mask_with_a_gradient():
+    bench = script("bench_pare")
+    s = torch.rand(4, 9, requires_grad=True)
+    mask = bench.relaxed_top_k(s, 3)
+    assert torch.equal(mask.detach().round(), mask.detach().round().clamp(0, 1))
+    assert (mask.detach().round().sum(dim=1) == 3).all()
+    (slope,) = torch.autograd.grad((mask * torch.arange(9.0)).sum(), s)
+    assert slope.norm() > 0
+    z_t, z_s = torch.randn(4, 9, 5), torch.randn(4, 9, 5)
+    for mix in (bench.released_sampling, bench.released_loop):
+        z_mix = mix(z_t, z_s, s, torch.rand(4, 9), 3)
+        assert ((z_mix - z_t).abs().amax(dim=2) > 1e-6).sum(dim=1).tolist() == [3] * 4
+    highest = bench.released_loop(z_t, z_s, s, torch.rand(4, 9), 3)
+    replaced = (highest != z_t).any(dim=2)
+    assert torch.equal(replaced.nonzero()[:, 1].view(4, 3), s.topk(3).indices.sort(dim=1).values)
+
+
+def test_replacement_is_faster_than_the_released_loops(capsys, tmp_path):
+    """At a small shape; results/bench_pare.csv has the full one."""
+    bench = script("bench_pare")
+    found = bench.of_selection(8, 512, 64, 300, "cpu", slow=True)
+    assert found["ours"] < found["loop"] and 20 * found["ours"] < found["release"]
+
+
+def test_landscape_is_flat_where_the_loss_is_and_gives_the_weights_back(series, tmp_path):
+    import orca
+
+    out = tmp_path / "run"
+    orca.main(orca.Config(task=str(series), align="none", epochs=2, out=str(out)))
+    landscape = script("landscape")
+    model, task, x, y, result = landscape.load(out, 40)
+    assert len(x) == 40 and result["method"] == "orca"
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    d = landscape.direction(model, torch.Generator().manual_seed(0))
+    for name, w in model.named_parameters():
+        assert (name in d) == (w.ndim > 1)
+        if name in d:
+            norms = w.detach().flatten(1).norm(dim=1), d[name].flatten(1).norm(dim=1)
+            torch.testing.assert_close(*norms, rtol=1e-4, atol=1e-6)
+    base = landscape.loss_at(model, task, x, y, [])
+    assert base == pytest.approx(task.loss(model(x), y).item(), rel=1e-5)
+    far = landscape.loss_at(model, task, x, y, [(1.0, d)])
+    assert far != pytest.approx(base, rel=1e-2)
+    for name, w in model.state_dict().items():
+        assert torch.equal(w, before[name]), name
+    file = tmp_path / "rows.csv"
+    flags = "--points 3 --directions 3 --samples 40 --csv"
+    rows = landscape.main([str(out), *flags.split(), str(file)])
+    centre = [r for r in rows if r["what"] == "plane" and r["a"] == r["b"] == 0]
+    assert len(rows) == 9 + 3 and centre[0]["value"] == pytest.approx(base, rel=1e-5)
+    assert len(file.read_text().splitlines()) == 13
