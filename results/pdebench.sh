@@ -19,3 +19,8 @@ for task in $tasks; do
 done
 python results/collect.py --csv results/pdebench.csv runs/pde/*/
 awk 'FNR > 1 || NR == 1' runs/pde/*.csv > results/pde_baselines.csv
+# The longer runs, half an hour in all:
+# python orca.py --task darcy_2d --train-size 3000 --epochs 30 --out runs/pde-long/darcy_2d-orca
+# python orca.py --task diffusion_reaction_1d --train-size 4000 --epochs 40 --out runs/pde-long/diffusion_reaction_1d-orca
+# python orca.py --task advection --train-size 4000 --epochs 40 --out runs/pde-long/advection-orca
+# python results/collect.py --csv results/pde_long.csv runs/pde-long/*/

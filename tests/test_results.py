@@ -69,6 +69,20 @@ def test_the_readme_s_tables_are_the_rows_in_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = script("table")
     assert table.satellite() in text and table.crop() in text and table.nas_bench() in text
+    assert table.pdebench() in text and table.pde_long() in text
+
+
+def test_pde_errors_are_far_below_the_trivial_predictors():
+    table = script("table")
+    found = table.pde_errors()
+    assert set(found) == set(tasks.PDES) == set(table.COMPARABLE)
+    for task, errors in found.items():
+        trivial = min(errors["copy"], errors["mean field"])
+        for method in ("NFT", "ORCA", "PaRe"):
+            assert errors[method] < 0.3 * trivial, (task, method)
+    assert all(float(row["time_s"]) < 180 for row in table.rows("pdebench.csv"))
+    long = {row["task"]: float(row["test_error"]) for row in table.rows("pde_long.csv")}
+    assert long["advection"] < 2e-2 and long["darcy_2d"] < 5e-2
 
 
 def test_the_methods_beat_the_simple_baselines_in_every_recorded_seed():
