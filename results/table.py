@@ -147,5 +147,38 @@ def pde_long() -> str:
     return "\n".join(lines)
 
 
+STUDY = {
+    "none": "NFT: no alignment",
+    "otdd": "ORCA as it comes",
+    "classwise": "`--align otdd-classwise`",
+    "source-noise": "`--source noise`",
+    "align-60": "`--align-epochs 60`",
+    "freeze-embedder": "`--freeze embedder`",
+    "freeze-body": "`--freeze body`",
+    "freeze-both": "`--freeze both`",
+    "body-random": "`--body random:...`",
+    "body-tiny_roberta_10pct": "`--body tiny_roberta_10pct`",
+    "pare": "PaRe, two thirds of the epochs",
+}
+
+
+def study() -> str:
+    """What explains ORCA: some settings of results/study.sh, both tasks, mean and spread."""
+    errors: dict[tuple[str, str], list[float]] = {}
+    for row in rows("study.csv"):
+        name = row["command"].split("--out runs/study/")[1].split()[0]
+        setting = name.removeprefix(row["task"] + "-").rsplit("-", 1)[0]
+        setting = "body-random" if setting.startswith("body-random") else setting
+        errors.setdefault((setting, row["task"]), []).append(float(row["test_error"]))
+    lines = ["| setting | satellite (1D) | ninapro (2D) |", "|---|---|---|"]
+    for setting, name in STUDY.items():
+        found = [errors.get((setting, task)) for task in ("satellite", "ninapro")]
+        cells = [
+            f"{statistics.mean(e):.3f} ± {statistics.stdev(e):.3f}" if e else "-" for e in found
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(satellite(), crop(), nas_bench(), pdebench(), pde_long(), sep="\n\n")
+    print(satellite(), crop(), nas_bench(), study(), pdebench(), pde_long(), sep="\n\n")

@@ -69,7 +69,7 @@ def test_the_readme_s_tables_are_the_rows_in_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = script("table")
     assert table.satellite() in text and table.crop() in text and table.nas_bench() in text
-    assert table.pdebench() in text and table.pde_long() in text
+    assert table.pdebench() in text and table.pde_long() in text and table.study() in text
 
 
 def test_pde_errors_are_far_below_the_trivial_predictors():
