@@ -28,25 +28,24 @@ def _prepare(x, y, bandwidths, least=1):
         (all(v.is_floating_point() for v in (x, y)), "floating point: use .float()"),
         (x.dtype == y.dtype and x.device == y.device, "one dtype and one device: use y.to(x)"),
         (all(v.numel() and v.shape >= (least,) for v in (x, y)), f"n, m >= {least}, D >= 1: add"),
-        (x.device != y.device or all(v.isfinite().all() for v in (x, y)), "no NaN or inf: drop"),
+        (x.is_meta or x.isfinite().all(), "no NaN or inf in x: drop those samples"),
+        (y.is_meta or y.isfinite().all(), "no NaN or inf in y: drop those samples"),
     ):
         if not right:
             got = " and ".join(f"{tuple(v.shape)} {v.dtype} {v.device}" for v in (x, y))
             raise ValueError(f"got x and y {got}; expected {expected}")
     z = torch.cat([x, y]).to(torch.promote_types(x.dtype, torch.float32))
     z = z - z.detach().mean(0)  # careful: far from 0 digits are lost
-    if bandwidths is None:  # (M2): the mean over i != j is 2 sum |z - mean|^2 / (n + m - 1)
-        mean = 2 * z.detach().square().sum(dtype=torch.float64).item() / (len(z) - 1)
-        bandwidths = [mean * 2.0**i or 1.0 for i in range(-2, 3)]
-    bandwidths = sorted((float(b) for b in bandwidths), reverse=True)
-    if not (bandwidths and bandwidths[-1] > 0 and math.isfinite(sum(bandwidths))):
-        raise ValueError(f"got bandwidths={bandwidths}; expected positive numbers: or pass None")
-    return z, bandwidths
+    d2 = 2 * z.detach().square().sum(dtype=torch.float64).item()  # over n + m - 1: mean, i != j
+    default = [d2 / (len(z) - 1) * 2.0**i or 1.0 for i in range(-2, 3)]  # (M2)
+    b = sorted(map(float, default if bandwidths is None else bandwidths), reverse=True)
+    if not (b and b[-1] > 0 and 9 * (d2 + sum(b)) / b[-1] < torch.finfo(z.dtype).max):
+        raise ValueError(f"got bandwidths={b}; expected positive numbers: scale x, y or pass None")
+    return z, b
 
 
 def mmd2(x: Tensor, y: Tensor, *, bandwidths=None, unbiased: bool = True) -> Tensor:
     """MMD^2 of two samples (M3) with its gradient (M5), but no second derivatives; slide 40.
-
     Args:
         x, y: (n, D) and (m, D), one floating dtype (half precision: float32 inside) and device.
         bandwidths: list of b > 0, squared distances, or None (M2); constants of the gradient.
@@ -92,10 +91,11 @@ def mmd2_linear(x: Tensor, y: Tensor, *, bandwidths=None) -> Tensor:
 
 def mmd2_features(x: Tensor, y: Tensor, *, bandwidths=None, features=1024, seed=0) -> Tensor:
     """V to within O(1 / sqrt(features)) by random features (M7): O(n D features) time.
-    Args: as mmd2; features: in all, as many for each bandwidth; seed: of their draw.
-    Returns, Raises: as mmd2. Source: Rahimi and Recht, Random features, 2007. Differs: no."""
+    Args: features, in all; seed, of them; else as mmd2. Source: Rahimi, Recht 2007. Differs: no."""
     z, bandwidths = _prepare(x, y, bandwidths)
     each, rng = math.ceil(features / len(bandwidths)), torch.Generator().manual_seed(seed)
+    if each < 1:
+        raise ValueError(f"got {features=}; expected 1 or more: pass 1024")
     v = [torch.randn(z.shape[1], each, generator=rng) * math.sqrt(2 / b) for b in bandwidths]
     x, y = (z @ torch.cat(v, 1).to(z)).split([len(x), len(y)])  # (M7)
     return sum((f(x).mean(0) - f(y).mean(0)).square().sum() for f in (torch.cos, torch.sin)) / each

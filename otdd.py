@@ -14,8 +14,7 @@ can be compared. n source and m target samples, all of equal weight (slides 10 a
 
 `otdd` compares two data sets once, `OTDD` many to one source. Needs torch, and POT (pip install
 pot) for exact programmes. Source: Alvarez-Melis and Fusi, Geometric dataset distances via optimal
-transport, 2020. Differs: no hidden 1/2, as in their package; labels act on the gradient.
-"""
+transport, 2020. Differs: no hidden 1/2, as in their package; labels act on the gradient."""
 
 import copy
 import warnings
@@ -36,14 +35,19 @@ class _Side:
         x, y = torch.as_tensor(x), torch.as_tensor(y)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         like = source.x if source else x
-        right = x.ndim == 2 and y.shape == x.shape[:1] and x.numel() and x.shape[1] == like.shape[1]
         same = x.dtype == like.dtype and x.device == y.device == like.device
-        if not (right and same and x.is_floating_point() and not y.is_floating_point()):
-            got = " and ".join(f"{tuple(v.shape)} {v.dtype} {v.device}" for v in (x, y))
-            want = "(n, D) float and (n,) integer, n >= 1; D, dtype and device the same everywhere"
-            raise ValueError(f"got x_{name}, y_{name} {got}; expected {want}")
-        if not x.isfinite().all():
-            raise ValueError(f"got NaN or inf in x_{name}; drop or repair those samples")
+        for right, expected in (
+            (x.ndim == 2 and x.numel(), "x (n, D), n >= 1, D >= 1: reshape it or add samples"),
+            (x.shape[-1:] == like.shape[-1:], "x_s and x_t of one width D: embed both alike"),
+            (y.shape == x.shape[:1], "y (n,): give each sample one label"),
+            (x.is_floating_point(), "x in floating point: use x.float()"),
+            (not (y.is_floating_point() or y.is_complex()), "integers as labels: use y.long()"),
+            (same, f"one dtype and device: use x.to({like.dtype}), .to('{like.device}')"),
+            (x.is_meta or x.isfinite().all(), f"no NaN or inf in x_{name}: drop those samples"),
+        ):
+            if not right:
+                got = " and ".join(f"{tuple(v.shape)} {v.dtype} {v.device}" for v in (x, y))
+                raise ValueError(f"got x_{name}, y_{name} {got}; expected {expected}")
         labels, y, self.count = torch.unique(y, return_inverse=True, return_counts=True)
         self.labels, self.order, self.gauss = labels.tolist(), y.argsort(stable=True), None
         self.centre = source.centre if source else x.detach().mean(0)
@@ -66,7 +70,7 @@ def _feature_costs(x, z, p):
         if u.dtype == torch.float64 or cost.min() > 1e-3 * cost.mean():
             break  # careful: near points lose their digits; once more in float64
     cost = cost.pow_(p / 2).to(x.dtype)
-    if not cost.sum().isfinite():
+    if not (8 * cost.sum()).isfinite():  # room for (D1) and (D4)
         raise ValueError(f"got |x - x'|^{p} beyond {x.dtype}; scale the features down")
     return cost
 
@@ -88,8 +92,8 @@ def _plans(cost, s, t, eps, f=None):
     if eps:
         return _sinkhorn(cost, s, t, eps, f)
     n_s, n_t = s.count.tolist(), t.count.tolist()
-    if f is None and len(n_s) * len(n_t) == 1 and cost.numel() > 100_000:
-        f = _sinkhorn(cost, s, t, 0.1 * float(cost.std()), sweeps=20, tol=float("inf"))[1]
+    if f is None and len(n_s + n_t) == 2 and cost.numel() > 1e5 and cost.std() > 1e-5 * cost.max():
+        f = _sinkhorn(cost, s, t, 0.1 * float(cost.std()), None, 20, torch.inf)[1]  # needs eps > 0
     f = cost.new_zeros(len(cost), len(n_t)) if f is None else f.clone()
     pi, f, views = torch.zeros_like(cost, device="cpu"), f.cpu(), []
     for v, widths in ((cost.cpu(), n_t), (pi, n_t), (f, 1)):
@@ -102,8 +106,7 @@ def _plans(cost, s, t, eps, f=None):
 def _solve(c, pi, f):
     """(D3) One exact programme in numpy, (n, m): writes its plan to pi and potentials to f. From an
     f near the optimum, edges of small slack (D8) and the north-west corner plan (there must be a
-    solution) make a sparse programme; then all slacks are checked, and edges that fail join.
-    """
+    solution) make a sparse programme; then all slacks are checked, and edges that fail join."""
     import numpy as np
     import ot  # warns if it stops before the optimum
     from scipy.sparse import coo_array
@@ -140,14 +143,13 @@ def _solve(c, pi, f):
 def _sinkhorn(cost, s, t, eps, f=None, sweeps=2000, tol=1e-3):
     """(D5) Plans of all blocks, rounded to their marginals, f, OT_eps (C_s, C_t). Scales the kernel
     K = exp((f + g - c)/eps) to the plan K u v, then absorbs u, v into f, g, while eps comes down
-    from the spread of the costs. Exponents end at -60: denormals are very slow.
-    """
+    from the spread of the costs. Exponents end at -60: denormals are very slow."""
     a, b = 1 / s.count[s.y, None].to(cost), 1 / t.count[t.y].to(cost)
 
     def sums(K, v, s=s, t=t):  # K v, block by block: (n, m), (C_s, m) -> (n, C_t)
         return K @ (v.T * t.E) if len(v) == 1 else (K * v[s.y]) @ t.E
 
-    levels, spread = [eps] * (sweeps // 20), float(cost.std())
+    levels, spread = [eps] * (sweeps // 20), float(cost.std(correction=0))
     while f is None and levels[0] * 4 < spread:
         levels.insert(0, levels[0] * 4)
     f = cost.new_zeros(len(cost), len(t.count)) if f is None else f
@@ -165,7 +167,9 @@ def _sinkhorn(cost, s, t, eps, f=None, sweeps=2000, tol=1e-3):
         error = float((u / a * sums(K, v) - 1).abs().mean())
         if level == eps and error < tol:
             break
-    if not error < tol:
+    if error != error:
+        raise ValueError(f"got NaN in sinkhorn with an absolute eps of {eps:.1e}; raise eps")
+    if error > tol:
         warnings.warn(f"sinkhorn is {error:.0e} off its marginals; raise eps", stacklevel=2)
     value = s.E.T @ (a * f) + (b * g) @ t.E  # <f, 1/n> + <g, 1/m>
     u = torch.minimum(u, a / sums(K, v))
@@ -204,18 +208,16 @@ def _cross_term(L_s, L_t):
 class OTDD:
     """The distance of data sets to one source, as needed at every alignment step. Arguments as in
     `otdd`; x_s is held constant. Call it with any x_t, y_t: the potentials of one call start the
-    next, which changes the time, not the result.
-    """
+    next, which changes the time, not the result."""
 
     def __init__(self, x_s, y_s, *, p=2, label_distance="exact", eps=0.0, debias=False):
         kinds, power = ("exact", "gaussian", "sinkhorn"), p == 2 or label_distance != "gaussian"
-        if label_distance not in kinds or not (p >= 1 and power and 0 <= eps < float("inf")):
+        if not (label_distance in kinds and power and 1 <= p < torch.inf and 0 <= eps < torch.inf):
             want = f"one of {kinds}; p >= 1, 2 for 'gaussian'; eps >= 0, a share of the mean cost"
             raise ValueError(f"got {label_distance=}, {p=}, {eps=}; expected {want}")
         self.p, self.label_distance, self.eps = p, label_distance, eps
         self.debias = debias and (eps > 0 or label_distance == "sinkhorn")  # exact: nothing to do
-        self.s, self.warm = _Side(x_s, y_s, "s"), {}
-        self.s.x = self.s.x.detach()
+        self.s, self.warm = _Side(torch.as_tensor(x_s).detach(), y_s, "s"), {}
 
     def __call__(self, x_t, y_t, *, plan=False):
         t = _Side(x_t, y_t, "t", self.s)
@@ -231,13 +233,11 @@ class OTDD:
         W, inner = self._labels(s, t, cost)
         total = cost + W.detach()[s.y][:, t.y]  # (D1)
         eps, warm = eps or self.eps * float(total.mean()), self.warm if s is self.s else {}
-        pi, warm[t is s], dual = _plans(
-            total, s.merged(), t.merged(), eps, warm.get(t is s)
-        )  # (D2)
+        pi, f, dual = _plans(total, s.merged(), t.merged(), eps, warm.get(t is s))  # (D2)
         value = dual.sum() if eps and self.debias else (pi * total).sum()
-        mass = s.E.T @ pi @ t.E
-        value = value + (mass * (W - W.detach())).sum()
+        mass, warm[t is s] = s.E.T @ pi @ t.E, f
         flow = pi if inner is None else inner.mul_(mass[s.y][:, t.y]).add_(pi)
+        value = value + (mass * (W - W.detach())).sum()
         return _envelope(value, s.x, t.x, cost, flow, self.p), pi, eps
 
     def _labels(self, s, t, cost):
@@ -287,11 +287,11 @@ def label_distances(x_s, y_s, x_t, y_t, *, p=2, label_distance="exact", eps=0.0)
     return torch.stack(values).view_as(W)
 
 
-def wasserstein(x: Tensor, y: Tensor, *, p: float = 2, eps: float = 0.0) -> Tensor:
-    """W_p = (min_pi <pi, |x - y|^p>)^(1/p) of two point clouds (n, D), (m, D); slide 41."""
-    labels = [torch.zeros(len(v), dtype=torch.long, device=v.device) for v in (x, y)]
+def wasserstein(x_s: Tensor, x_t: Tensor, *, p: float = 2, eps: float = 0.0) -> Tensor:
+    """W_p = (min_pi <pi, |x - x'|^p>)^(1/p) of two point clouds (n, D), (m, D); slide 41."""
+    y_s, y_t = (torch.zeros(v.shape[:1], dtype=torch.long, device=v.device) for v in (x_s, x_t))
     by = "sinkhorn" if eps else "exact"
-    cost = label_distances(x, labels[0], y, labels[1], p=p, label_distance=by, eps=eps).sum()
+    cost = label_distances(x_s, y_s, x_t, y_t, p=p, label_distance=by, eps=eps).sum()
     return cost ** (1 / p) if cost > 0 else cost * 0  # the root has no slope at 0
 
 

@@ -269,8 +269,11 @@ GOOD = torch.zeros(4, 3)
         (GOOD.long(), GOOD.long(), r"floating point: use .float\(\)"),
         (GOOD.double(), GOOD, r"one dtype and one device: use y.to\(x\)"),
         (GOOD.to("meta"), GOOD, r"one dtype and one device: use y.to\(x\)"),
-        (GOOD, GOOD / 0, "no NaN or inf: drop"),
-        (GOOD + math.inf, GOOD, "no NaN or inf: drop"),
+        (GOOD, GOOD / 0, "no NaN or inf in y: drop"),
+        (GOOD, GOOD - math.inf, "no NaN or inf in y: drop"),
+        (GOOD * math.nan, GOOD, "no NaN or inf in x: drop"),
+        (GOOD + math.inf, GOOD, "no NaN or inf in x: drop"),
+        (GOOD, GOOD + 1e20, r"got bandwidths=\[inf, .*: scale x, y or pass None"),  # |x - y|^2: inf
     ],
 )
 def test_refuses_what_has_no_meaning(function, x, y, message):
@@ -293,11 +296,66 @@ def test_refuses_one_sample_where_pairs_are_needed(function):
         function(GOOD, GOOD[:1])
 
 
-@pytest.mark.parametrize("bandwidths", [[], [0.0], [1.0, -1.0], [math.nan], [math.inf]])
+@pytest.mark.parametrize(
+    "bandwidths", [[], [0.0], [1.0, -1.0], [math.nan], [1, math.nan], [math.inf]]
+)
 @pytest.mark.parametrize("function", [mmd2, mmd2_linear, mmd2_features])
 def test_refuses_bandwidths_that_are_not_positive(function, bandwidths):
     with pytest.raises(ValueError, match="got bandwidths=.*expected positive numbers"):
         function(GOOD, GOOD, bandwidths=bandwidths)
+
+
+@pytest.mark.parametrize("bandwidths", [[1e-39], [1e-30, 1e30], [1e308]])
+@pytest.mark.parametrize("function", [mmd2, mmd2_linear, mmd2_features])
+def test_refuses_bandwidths_that_leave_no_number(function, bandwidths):
+    """|x - y|^2 / b, or a ratio of the bandwidths, beyond float32."""
+    with pytest.raises(ValueError, match="got bandwidths=.*: scale x, y or pass None"):
+        function(*sample(5, 4, 3, dtype=torch.float32), bandwidths=bandwidths)
+
+
+def test_refuses_no_features():
+    for features in (0, -5):
+        with pytest.raises(ValueError, match=f"got features={features}; expected 1 or more"):
+            mmd2_features(GOOD, GOOD, features=features)
+
+
+def properties(seed):
+    """mmd2 of one draw in float64 against (M1) to (M3), and what must hold of it.
+
+    Values are at most 2 a bandwidth, and compared to within 1e-10; samples lie up to ten times
+    their spread from 0.
+    """
+    rng = np.random.default_rng(seed)
+    (n, m), D = rng.integers(2, 13, 2), int(rng.integers(1, 6))
+    scale, far = 10.0 ** rng.uniform(-3, 3), rng.uniform(-10, 10)
+    x, y = (rng.normal(size=(k, D)) * rng.uniform(0.5, 2) + far for k in (n, m))
+    x, y = torch.from_numpy(scale * x), torch.from_numpy(scale * y)
+    given = (scale**2 * 10.0 ** rng.uniform(-1, 2, rng.integers(1, 5))).tolist()
+    i, j = torch.from_numpy(rng.permutation(n)), torch.from_numpy(rng.permutation(m))
+    shift, factor = torch.from_numpy(scale * rng.normal(size=D)), 10.0 ** rng.uniform(-2, 2)
+    for unbiased in (True, False):
+        for bandwidths in (None, given):
+            options = {"bandwidths": bandwidths, "unbiased": unbiased}
+            value = mmd2(x, y, **options).item()
+            want = naive(x, y, bandwidths or default_bandwidths(x, y), unbiased).item()
+            others = [want, mmd2(y, x, **options).item(), mmd2(x[i], y[j], **options).item()]
+            others.append(mmd2(x + shift, y + shift, **options).item())
+            options["bandwidths"] = bandwidths and [b * factor**2 for b in bandwidths]
+            others.append(mmd2(factor * x, factor * y, **options).item())
+            assert others == pytest.approx([value] * 5, rel=0, abs=1e-10), seed
+            if not unbiased:
+                assert value >= -1e-12 and abs(mmd2(x, x[i], **options).item()) < 1e-10, seed
+
+
+def test_M1_M2_M3_properties_of_random_samples():
+    for seed in range(20):
+        properties(seed)
+
+
+@pytest.mark.slow
+def test_M1_M2_M3_properties_of_many_random_samples():
+    for seed in range(20, 120):
+        properties(seed)
 
 
 @pytest.mark.skipif(not CASES, reason="the oracle files are not part of the repository")

@@ -177,20 +177,84 @@ def test_float32_at_any_scale_and_far_from_the_origin(scale):
     assert math.isfinite(float(otdd(x, y, z, w, eps=1e-3)))
 
 
-BAD = {
-    "NaN": (lambda x, y, z, w: (x * float("nan"), y, z, w), "NaN or inf"),
-    "widths": (lambda x, y, z, w: (x, y, z[:, :2], w), "the same everywhere"),
-    "lengths": (lambda x, y, z, w: (x, y[:-1], z, w), "expected"),
-    "empty": (lambda x, y, z, w: (x[:0], y[:0], z, w), "n >= 1"),
-    "float labels": (lambda x, y, z, w: (x, y.double(), z, w), "integer"),
+def put(v, value):
+    v = v.clone()
+    v[2, 1] = value
+    return v
+
+
+NAN, INF = float("nan"), float("inf")
+SHAPE = r"x \(n, D\), n >= 1, D >= 1: reshape it or add samples"
+LABELS = r"y \(n,\): give each sample one label"
+WHOLE = r"integers as labels: use y\.long\(\)"
+BAD = {  # case: what is said to be wrong, what becomes of x_s, y_s, x_t, y_t, what is expected
+    "NaN in x_s": ("s", lambda x, y, z, w: (put(x, NAN), y, z, w), "no NaN or inf in x_s: drop"),
+    "inf in x_s": ("s", lambda x, y, z, w: (put(x, INF), y, z, w), "no NaN or inf in x_s: drop"),
+    "NaN in x_t": ("t", lambda x, y, z, w: (x, y, put(z, NAN), w), "no NaN or inf in x_t: drop"),
+    "inf in x_t": ("t", lambda x, y, z, w: (x, y, put(z, -INF), w), "no NaN or inf in x_t: drop"),
+    "NaN labels": ("t", lambda x, y, z, w: (x, y, z, w * NAN), WHOLE),
+    "no source": ("s", lambda x, y, z, w: (x[:0], y[:0], z, w), SHAPE),
+    "no target": ("t", lambda x, y, z, w: (x, y, z[:0], w[:0]), SHAPE),
+    "no features": ("s", lambda x, y, z, w: (x[:, :0], y, z[:, :0], w), SHAPE),
+    "one axis": ("s", lambda x, y, z, w: (x[:, 0], y, z[:, 0], w), SHAPE),
+    "a number": ("s", lambda x, y, z, w: (x.sum(), y, z, w), SHAPE),
+    "widths": ("t", lambda x, y, z, w: (x, y, z[:, :2], w), "x_s and x_t of one width D: embed"),
+    "short labels": ("s", lambda x, y, z, w: (x, y[:-1], z, w), LABELS),
+    "long labels": ("t", lambda x, y, z, w: (x, y, z[1:], w), LABELS),
+    "wide labels": ("s", lambda x, y, z, w: (x, y[:, None], z, w), LABELS),
+    "float labels": ("s", lambda x, y, z, w: (x, y.double(), z, w), WHOLE),
+    "complex labels": ("s", lambda x, y, z, w: (x, y + 0j, z, w), WHOLE),
+    "whole features": ("s", lambda x, y, z, w: (x.long(), y, z, w), r"floating .*use x\.float\(\)"),
+    "dtypes": (
+        "t",
+        lambda x, y, z, w: (x, y, z.float(), w),
+        r"one dtype .*use x\.to\(torch.float64",
+    ),
+    "devices": ("t", lambda x, y, z, w: (x, y, z.to("meta"), w), r"one .*device: use .*'cpu'"),
+    "labels elsewhere": ("s", lambda x, y, z, w: (x, y.to("meta"), z, w), r"device: use .*'cpu'"),
 }
 
 
 @pytest.mark.parametrize("case", list(BAD))
 def test_bad_input_is_refused(case):
-    change, message = BAD[case]
-    with pytest.raises(ValueError, match=message):
-        otdd(*change(*data()))
+    """By what compares two data sets, once or again, and by the distances of labels and of x."""
+    side, change, message = BAD[case]
+    bad = change(*data())
+    runs = [otdd, label_distances, lambda x, y, z, w: OTDD(x, y)(z, w)]
+    runs += [] if "label" in case else [lambda x, y, z, w: wasserstein(x, z)]
+    for run in runs:
+        with pytest.raises(ValueError, match=rf"got x_{side}, y_{side} \(.*; expected .*{message}"):
+            run(*bad)
+
+
+def test_costs_that_are_no_numbers_are_refused():
+    x, y, z, w = data()
+    for a, b in ((x, z * 1e160), (x.float(), z.float() * 1e25)):
+        with pytest.raises(
+            ValueError, match=r"got \|x - x'\|\^2 beyond torch.*; scale the features"
+        ):
+            otdd(a, y, b, w)
+    one, label = torch.zeros(1, 1), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="beyond torch.float32"):  # the sum of (D1) alone
+        otdd(one, label, one + 1.5e19, label)
+    with pytest.raises(ValueError, match=r"got \|x - x'\|\^300 beyond torch.float64"):
+        otdd(x, y, z * 100, w, p=300)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"label_distance": "exakt"}, {"label_distance": "gaussian", "p": 1}]
+    + [{"p": p} for p in (0.5, NAN, INF)]
+    + [{"eps": eps} for eps in (-1.0, NAN, INF)],
+)
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(ValueError, match=r"got label_distance=.*, p=.*, eps=.*; expected one of"):
+        otdd(*data(), **bad)
+
+
+def test_an_eps_too_small_for_the_dtype_is_refused():
+    with pytest.raises(ValueError, match="got NaN in sinkhorn with an absolute eps .*; raise eps"):
+        otdd(*data(dtype=torch.float32), eps=1e-9)
 
 
 def test_a_class_of_one_sample():
@@ -199,8 +263,68 @@ def test_a_class_of_one_sample():
     y[0] = 9
     want, _, _ = naive_otdd(x, y, z, w)
     assert float(otdd(x, y, z, w)) == pytest.approx(want, rel=1e-9)
-    with pytest.raises(ValueError):
-        otdd(x, y, z, w, label_distance="gaussian")
+    for sets in ((x, y, z, w), (z, w, x, y)):
+        with pytest.raises(ValueError, match="got 1 sample of class 9, 'gaussian' needs 2; choose"):
+            otdd(*sets, label_distance="gaussian")
+
+
+@pytest.mark.parametrize("kind", ["exact", "gaussian", "sinkhorn"])
+@pytest.mark.parametrize("n", [30, 400])  # the larger one is solved from a start
+@pytest.mark.parametrize("gap", [0.0, 1.0])
+def test_collapsed_features(kind, n, gap):
+    """All samples of a data set are alike, as after a bad alignment: 2 D gap^2, no NaN."""
+    x, y = torch.zeros(n, 3), torch.arange(n) % 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for settings in ({}, {"eps": 0.05}, {"eps": 0.05, "debias": True}):
+            value = otdd(x, y, x + gap, y, label_distance=kind, **settings)
+            assert float(value) == pytest.approx(6 * gap, abs=1e-4)
+        assert float(wasserstein(x, x + gap)) == pytest.approx(math.sqrt(3) * gap, abs=1e-4)
+
+
+def draw(seed):
+    """Two small data sets in float64, their scale, and p: any sizes, classes, distance from 0."""
+    rng = np.random.default_rng(seed)
+    (n, m), D, p = rng.integers(1, 11, 2), int(rng.integers(1, 5)), int(rng.integers(1, 4))
+    scale, far = 10.0 ** rng.uniform(-3, 3), rng.uniform(-10, 10)
+    x, z = (rng.normal(size=(k, D)) * rng.uniform(0.5, 2) + far for k in (n, m))
+    y, w = (torch.from_numpy(rng.integers(-2, 3, k)) for k in (n, m))
+    return (torch.from_numpy(scale * x), y, torch.from_numpy(scale * z), w), scale, p, rng
+
+
+def properties(seed):
+    """otdd of one draw against (D1) to (D3), and what must hold of any distance of data sets.
+
+    Tolerances are relative, 1e-7: costs are differences of squares, and their roots if p is 1. What
+    is 0 is compared with scale^p.
+    """
+    (x, y, z, w), scale, p, rng = draw(seed)
+    value = float(otdd(x, y, z, w, p=p))
+    same = lambda other: other == pytest.approx(value, rel=1e-7, abs=1e-7 * scale**p)  # noqa: E731
+    want, _, _ = naive_otdd(x / scale, y, z / scale, w, p)  # its solver's tolerances are absolute
+    assert value >= 0 and same(want * scale**p)
+    assert 0 <= float(otdd(x, y, x, y, p=p)) <= 1e-6 * scale**p
+    assert same(float(otdd(z, w, x, y, p=p)))  # symmetry
+    i, j = (torch.from_numpy(rng.permutation(len(v))) for v in (x, z))
+    assert same(float(otdd(x[i], y[i], z[j], w[j], p=p)))  # order
+    assert same(float(otdd(x, 7 - 3 * y, z, 100 + w, p=p)))  # names of the classes
+    shift = torch.from_numpy(scale * rng.normal(size=x.shape[1]))
+    assert same(float(otdd(x + shift, y, z + shift, w, p=p)))  # translation of both
+    moved = float(otdd(x, y, x + shift, y, p=p))  # and of one: features and classes by |shift| each
+    assert moved == pytest.approx(2 * float(shift.norm()) ** p, rel=1e-6)
+    factor = 10.0 ** rng.uniform(-2, 2)
+    assert same(float(otdd(factor * x, y, factor * z, w, p=p)) / factor**p)
+
+
+def test_D1_D2_D3_properties_of_random_data_sets():
+    for seed in range(20):
+        properties(seed)
+
+
+@pytest.mark.slow
+def test_D1_D2_D3_properties_of_many_random_data_sets():
+    for seed in range(20, 120):
+        properties(seed)
 
 
 def test_it_runs_alone(tmp_path):
