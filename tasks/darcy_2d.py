@@ -181,6 +181,8 @@ def read(root: Path, split: str, published: bool = False) -> tuple[np.ndarray, n
         n = len(nu)
         if n < 10 or nu.shape != (n, FILE_GRID, FILE_GRID) or u.shape != (n, 1) + nu.shape[1:]:
             raise ValueError(f"got nu {nu.shape} and tensor {u.shape}")
+        if nu.dtype.kind != "f" or u.dtype.kind != "f":
+            raise ValueError(f"got nu {nu.dtype} and tensor {u.dtype}")
         rows = range(n // 10) if split == "test" else range(n // 10, n)
         x, y = (np.empty((len(rows), 1, GRID, GRID), np.float32) for _ in range(2))
         for i in range(0, len(rows), ROWS):

@@ -101,6 +101,8 @@ def read(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(content, dict) or not {"data", "label"} <= set(content):
         raise ValueError(f"{path}: expected {want}, got {type(content).__name__}")
     x, label = np.asarray(content["data"]), np.asarray(content["label"])
+    if x.dtype.kind not in "biuf" or label.dtype.kind not in "biuf":
+        raise ValueError(f"{path}: expected {want}, got {x.dtype} data and {label.dtype} labels")
     if x.ndim != 2 or x.shape[1] != 46 or label.shape != x.shape[:1] or len(x) == 0:
         raise ValueError(f"{path}: expected {want}, got shapes {x.shape} and {label.shape}")
     if not np.isin(label, np.arange(1, 25)).all() or not np.isfinite(x).all():

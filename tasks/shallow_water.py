@@ -177,8 +177,8 @@ def read_groups(file, split: str, frames: tuple[int, ...], channels: int) -> np.
     fields = np.empty((len(names), len(frames), channels, *shape[1:3]), np.float32)
     for i, name in enumerate(names):
         data = file[f"{name}/data"]
-        if data.shape != shape:
-            raise ValueError(f"group {name} has {data.shape}")
+        if data.shape != shape or data.dtype.kind != "f":
+            raise ValueError(f"group {name} has {data.shape} {data.dtype}")
         fields[i] = np.moveaxis(data[list(frames)], -1, 1)
         if not np.isfinite(fields[i]).all():
             raise ValueError(f"group {name} has numbers that are not finite")
