@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from tasks import metrics, own
+from tasks import download, metrics, own
 
 NAMES = ("cifar100", "spherical", "darcy", "psicov", "cosmic", "ninapro", "fsd50k", "ecg")
 NAMES += ("satellite", "deepsea")  # NAS-Bench-360
@@ -88,7 +88,8 @@ def load_task(
 
     Args:
         name: one of NAMES, or the path of an npz file of your own.
-        data: "simulated" or "real" (files under root); without effect on a file of your own.
+        data: "simulated" or "real" (files under root, downloaded if they are not there); without
+            effect on a file of your own.
         root: the directory with the real data.
         seed: of the simulation, and of what is held out or left out.
         train_size: how many training samples; default: the task's own number, or all there are.
@@ -143,7 +144,12 @@ def _simulated(name: str, seed: int, train_size: int | None, how: dict) -> tuple
 
 def _real(name: str, root: Path, seed: int, how: dict) -> tuple[dict, dict]:
     module = importlib.import_module(f"tasks.{name}")
-    sets = {split: _dataset(module.read(root, split, **how)) for split in module.TASK["splits"]}
+    try:
+        sets = {split: _dataset(module.read(root, split, **how)) for split in module.TASK["splits"]}
+    except FileNotFoundError as error:
+        if not str(error).endswith(download.SIMULATE):
+            raise
+        raise FileNotFoundError(f"{error}: python orca.py --task {name}") from None
     if "val" not in sets:
         sets["train"], sets["val"] = _held_out(sets["train"], seed)
     return _record(module, how), sets

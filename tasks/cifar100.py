@@ -19,9 +19,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tasks import metrics
+from tasks import download, metrics
 from tasks.sources import shapes
 
+NAME = "cifar100/cifar-100-python.tar.gz"
+FILES = {
+    NAME: download.Remote(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        169_001_437,
+        "CC BY 4.0",
+        "https://www.cs.toronto.edu/~kriz/cifar.html",
+        "eb9058c3a382ffc7106e4002c42a8d85",
+    )
+}
 SIZE, NUM_CLASSES = 32, 100
 PAD = 4  # pixels around a training image before it is cropped
 HUES = np.random.default_rng(100).uniform(0, 1, NUM_CLASSES)  # of the classes, in turns
@@ -95,10 +105,7 @@ def read(root: Path, split: str) -> Images:
 
     from tasks.sources.cifar10 import verified
 
-    try:
-        data = verified(CIFAR100, Path(root) / "cifar100", train=split != "test", download=False)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}, or run on simulated data (--data simulated)") from None
+    data = verified(CIFAR100, root, NAME, FILES[NAME], train=split != "test")
     images = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
     labels = np.array(data.targets, dtype=np.int64)
     held_out = len(labels) // 10

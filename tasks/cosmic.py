@@ -23,8 +23,15 @@ from scipy.ndimage import gaussian_filter
 from scipy.special import gamma
 from torch.utils.data import Dataset
 
-from tasks import files, metrics
+from tasks import download, files, metrics
 
+LISTS = "src/datasets/preprocess_cosmic.py of https://github.com/sjunhongshen/ORCA"
+FILES = {
+    f"cosmic/deepCR.ACS-WFC.{split}.tar": download.nas_bench(
+        f"cosmic/deepCR.ACS-WFC.{split}.tar", size, "open data"
+    )
+    for split, size in (("train", 6.5e9), ("test", 2e9))
+}
 SIZE = 128  # pixels a side
 CROP = slice(64, 64 + SIZE)  # of a file's rows and columns
 SATURATED = 8e4  # electrons: what a pixel can hold
@@ -131,11 +138,12 @@ def read(root: Path, split: str) -> "Exposures":
     """
     path = Path(root) / "cosmic" / f"{split}_dirs.npy"
     want = f"a list of paths './cosmic/npy_{split}/f435w/PROPOSAL/VISIT/EXPOSURE_NUMBER.npy'"
-    if not path.exists():
+    name = f"cosmic/deepCR.ACS-WFC.{split}.tar"
+    remote = FILES[name]
+    if not path.exists():  # first: without it, the images cannot be used
         raise FileNotFoundError(
-            f"no file {path}; expected {want} as ORCA's preprocess_cosmic.py writes, of the files "
-            f"in NAS-Bench-360's deepCR.ACS-WFC.{split}.tar (https://pde-xd.s3.amazonaws.com/"
-            "cosmic/): put them there, or run on simulated data (--data simulated)"
+            f"no file {path}; it has no address: write it with {LISTS}, {want}, of the files of "
+            f"{name} ({remote}; {remote.url}, which is then downloaded), or {download.SIMULATE}"
         )
     names = files.read_pickled(path)
     form = re.compile(rf"(\./)?cosmic/npy_{split}(/\w[^/]*)+/[1-9]\d*_[^/]*\.npy")
@@ -144,6 +152,7 @@ def read(root: Path, split: str) -> "Exposures":
     wrong = [name for name in names if not (isinstance(name, str) and form.fullmatch(name))]
     if wrong:
         raise ValueError(f"{path}: expected {want}, got {wrong[0]!r}")
+    download.unpacked(root, f"cosmic/npy_{split}", name, remote)
     paths = [Path(root) / name for name in names]
     for needed in dict.fromkeys(file for p in paths for file in (p, p.with_name("sky.npy"))):
         if not needed.exists():

@@ -18,12 +18,16 @@ import numpy as np
 import scipy.io
 from scipy.linalg import solveh_banded
 
-from tasks import metrics
+from tasks import download, metrics
 
 GRID, STRIDE, FINE = 85, 5, 421  # nodes a side: ours, and every fifth of the files'
 LOW, HIGH = 3.0, 12.0  # the two values of a
 TRAIN_ROWS, TEST_ROWS = 1000, 100  # of a file that are used
 HELD_OUT = 10  # one training row in so many is for validation
+FILES = {
+    f"darcy/{name}": download.nas_bench(name, 1.6e9, "MIT")
+    for name in (f"piececonst_r421_N1024_smooth{i}.mat" for i in (1, 2))
+}
 WANT = f"coeff > 0 and sol, finite numbers of shape (1024, {FINE}, {FINE})"
 
 
@@ -89,12 +93,8 @@ def read(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold.
     """
     number, rows = (2, TEST_ROWS) if split == "test" else (1, TRAIN_ROWS)
-    path = Path(root) / "darcy" / f"piececonst_r421_N1024_smooth{number}.mat"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no file {path}; it is part of NAS-Bench-360 (https://pde-xd.s3.amazonaws.com/"
-            f"{path.name}, {WANT}): put it there, or run on simulated data (--data simulated)"
-        )
+    name = f"darcy/piececonst_r421_N1024_smooth{number}.mat"
+    path = download.fetch(root, name, FILES[name])
     a, p = read_array(path, "coeff", rows), read_array(path, "sol", rows)
     if len(a) != len(p):
         raise ValueError(f"{path}: expected {WANT}, got {len(a)} rows of coeff and {len(p)} of sol")

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from scipy.linalg import cho_solve_banded, cholesky_banded
 
-from tasks import metrics, pdebench
+from tasks import download, metrics, pdebench
 
 GRID, FILE_GRID = 64, 128  # cells a side: ours, and the file's
 BETA, LOW, HIGH = 0.1, 0.1, 1.0  # the source, and the two values of nu
@@ -34,7 +34,8 @@ TIME = 1.75  # of the file's u
 KRYLOV = 12  # dimension of the space in which a start decays
 ROWS = 500  # of the file that are read at once
 NAME = "2D_DarcyFlow_beta0.1_Train.hdf5"
-URL = "https://darus.uni-stuttgart.de/api/access/datafile/133218"
+REMOTE = download.darus(133218, 1.31e9, "294f9a03a4aa16b0e386469ca8b471be")
+FILES = {f"pdebench/{NAME}": REMOTE}
 WANT = "nu > 0 (n, 128, 128) and tensor (n, 1, 128, 128), finite numbers, n >= 10"
 
 
@@ -141,20 +142,17 @@ def frames(n: int, seed: int | list[int]) -> Iterator[dict[str, np.ndarray]]:
 
 
 @contextmanager
-def hdf5(path: Path, url: str, want: str) -> Iterator:
-    """An HDF5 file of PDEBench to read from; all that goes wrong there is a ValueError of one line.
+def hdf5(path: Path, remote: download.Remote, want: str) -> Iterator:
+    """A file ROOT/pdebench/NAME to read from, downloaded if it is not there.
 
+    All that goes wrong in the file is a ValueError of one line.
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no file {path}; it is part of PDEBench ({url}; {want}): put it there, or run on "
-            "simulated data (--data simulated)"
-        )
     try:
         import h5py
     except ImportError:
         raise ValueError(f"{path}: an HDF5 file, which needs h5py: pip install h5py") from None
+    download.fetch(path.parents[1], f"pdebench/{path.name}", remote)
     try:
         with h5py.File(path, "r") as file:
             yield file
@@ -175,7 +173,7 @@ def read(root: Path, split: str, published: bool = False) -> tuple[np.ndarray, n
             f"{path}: holds pressures that are not steady yet, not those of this task; read it "
             "with --published, or run on simulated data (--data simulated)"
         )
-    with hdf5(path, URL, WANT) as file:
+    with hdf5(path, REMOTE, WANT) as file:
         pdebench.check_attributes(file, FILE.attributes)
         nu, u = file["nu"], file["tensor"]
         n = len(nu)

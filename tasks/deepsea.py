@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tasks import files, metrics
+from tasks import download, files, metrics
 
+NAME = "deepsea/deepsea_filtered.npz"
+FILES = {NAME: download.nas_bench(NAME, 860e6, "CC BY 4.0")}
 LENGTH, TRACKS, MOTIFS, STATES = 1000, 36, 12, 6
 A, G, C, T = range(4)  # the order of the one-hot channels; the complement of base b is 3 - b
 
@@ -104,13 +106,7 @@ def read(root: Path, split: str) -> Sequences:
 
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold.
     """
-    path = Path(root) / "deepsea" / "deepsea_filtered.npz"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no file {path}; it is part of NAS-Bench-360 (deepsea/deepsea_filtered.npz, arrays "
-            "x_train, y_train, x_val, y_val, x_test, y_test): put it there, or run on simulated "
-            "data (--data simulated)"
-        )
+    path = download.fetch(root, NAME, FILES[NAME])
     x, y = files.read_npz(path, (f"x_{split}", f"y_{split}")).values()
     want = f"x_{split} (n, {LENGTH}, 4) and y_{split} (n, {TRACKS}) of 0 and 1"
     if x.shape[1:] != (LENGTH, 4) or y.shape != (len(x), TRACKS):

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from scipy.linalg import solveh_banded
 
-from tasks import metrics, pdebench
+from tasks import download, metrics, pdebench
 
 D, N_F = 5e-4, 0.874  # diffusion; Freundlich's exponent of sorption
 A = (1 - 0.29) / 0.29 * 2880 * 3.5e-4  # of porosity, bulk density and Freundlich's constant
@@ -37,7 +37,9 @@ CELLS_PUBLISHED, T_PUBLISHED = 1024, 500.0
 FRAMES, TEST = 101, 10  # frames of a real series; one group in so many is for testing
 BLOCK = 16  # samples of which all frames are in memory at once
 GAMMA = 1 - 0.5**0.5  # of Alexander's method
-NAME, URL = "1D_diff-sorp_NA_NA.h5", "https://darus.uni-stuttgart.de/api/access/datafile/133020"
+NAME = "1D_diff-sorp_NA_NA.h5"
+REMOTE = download.darus(133020, 4.14e9, "9d466d1213065619d087319e16d9a938")
+FILES = {f"pdebench/{NAME}": REMOTE}
 WANT = f"10000 groups with data ({FRAMES}, {CELLS_PUBLISHED}, 1), finite numbers"
 
 
@@ -150,21 +152,17 @@ def read(root: Path, split: str, published: bool = False) -> tuple[np.ndarray, n
             f"{path}: PDEBench has one soil and uniform initial levels, not this task's plumes: "
             "run on simulated data (--data simulated), or ask for the papers' problem (--published)"
         )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no file {path}; it is part of PDEBench ({URL}, HDF5 with {WANT}): put it there, or "
-            "run on simulated data (--data simulated)"
-        )
     try:
         import h5py
     except ImportError:
         raise ValueError(f"{path}: HDF5 files need h5py: pip install h5py") from None
+    download.fetch(root, f"pdebench/{NAME}", REMOTE)
     try:
         with h5py.File(path, "r") as file:
             x, y = _frames(file, split)
     except Exception as error:  # damaged files fail in many ways, which all mean the same
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: {reason}; expected {WANT} ({URL})") from None
+        raise ValueError(f"{path}: {reason}; expected {WANT} ({REMOTE.url})") from None
     return x, y
 
 

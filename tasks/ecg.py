@@ -16,13 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks import files, metrics
+from tasks import download, files, metrics
 
 RATE = 300  # samples a second
 LENGTH = 1000  # samples of a window
 LABELS = ["N", "A", "O", "~"]
 COUNTS = np.array([5076, 758, 2415, 279])  # real records of each class
 STRIDE = np.array([500, 83, 250, 25])  # between windows: the rarer the class, the more of them
+NAME = "ecg/challenge2017.pkl"
+FILES = {NAME: download.nas_bench("ECG/challenge2017.pkl", 150e6, "ODC-BY 1.0")}
 PER_RECORD = 3  # simulated windows of one record
 
 # P, Q, R, S, T: angle in degrees (the beat is 360, R at 0), width in radians, height
@@ -183,7 +185,7 @@ def read(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     shuffles with scikit-learn, random_state=0: numpy's legacy generator); "val": the next tenth.
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold.
     """
-    records, labels = _records(Path(root) / "ecg" / "challenge2017.pkl")
+    records, labels = _records(download.fetch(root, NAME, FILES[NAME]))
     order, tenth = np.random.RandomState(0).permutation(len(labels)), -(-len(labels) // 10)
     parts = {"test": order[:tenth], "val": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
     x = [windows(records[i], labels[i]) for i in parts[split]]
@@ -193,11 +195,6 @@ def read(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 def _records(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
     """The records, each (samples,), and their classes 0..3, int64 (n,), checked."""
     want = "a pickled dict {'data': series of more than 1000 numbers, 'label': as many of N A O ~}"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no file {path}; it is part of NAS-Bench-360 (ECG/challenge2017.pkl, {want}): put it "
-            "there, or run on simulated data (--data simulated)"
-        )
     content = files.read_pickled(path)
     if not isinstance(content, dict) or not {"data", "label"} <= set(content):
         raise ValueError(f"{path}: expected {want}, got {type(content).__name__}")

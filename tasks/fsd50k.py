@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tasks import metrics
+from tasks import download, metrics
 
+ARCHIVE = "fsd50k/audio.zip"
+FILES = {ARCHIVE: download.nas_bench("audio/audio.zip", 24e9, "CC BY 4.0")}
 RATE = 22050  # samples a second; a chunk is one second
 N_FFT, WINDOW, HOP, MELS = 1920, 661, 220, 96
 SPLITS = {"train": "tr", "val": "val", "test": "eval"}  # a split: the name of its csv file
@@ -198,7 +200,7 @@ def read(root: Path, split: str) -> Clips:
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold; for a chunk,
         when it is read (the first one, here).
     """
-    folder = Path(root) / "fsd50k"
+    folder = download.unpacked(root, "fsd50k/chunks", ARCHIVE, FILES[ARCHIVE]).parent
     numbers = read_numbers(folder / "chunks" / "lbl_map.json")
     path = folder / "chunks" / f"{SPLITS[split]}.csv"
     clips, chunks, groups = {}, [], []

@@ -17,12 +17,20 @@ from pathlib import Path
 import numpy as np
 from scipy import signal
 
-from tasks import files, metrics
+from tasks import download, files, metrics
 
 RATE, STEPS, ELECTRODES = 200, 52, 16  # samples a second, of a window; 2 rings of 8 electrodes
 GESTURES, SYNERGIES, PEOPLE = 18, 6, 10  # gesture 0 is rest
 REST = 0.02  # activation of every synergy at rest
 NOISE = 0.15  # of the amplifier, relative to a strong contraction
+FILES = {
+    name: download.nas_bench(name, 8 * numbers, "CC BY-ND")
+    for split, n in (("train", 2638), ("val", 659), ("test", 659))
+    for name, numbers in (
+        (f"ninapro/ninapro_{split}.npy", n * STEPS * ELECTRODES),
+        (f"ninapro/label_{split}.npy", n),
+    )
+}
 WARM_UP = 48  # steps before the window, until the filter has forgotten its start
 
 
@@ -95,12 +103,13 @@ def read(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold.
     """
-    folder = Path(root) / "ninapro"
-    path, want = folder / f"ninapro_{split}.npy", "(n, 52, 16) numbers"
+    names = f"ninapro/ninapro_{split}.npy", f"ninapro/label_{split}.npy"
+    path, of_labels = (download.fetch(root, name, FILES[name]) for name in names)
+    want = "(n, 52, 16) numbers"
     x = _array(path, want)
     if x.shape[1:] != (STEPS, ELECTRODES) or len(x) == 0:
         raise ValueError(f"{path}: expected {want}, got shape {x.shape}")
-    path, want = folder / f"label_{split}.npy", f"({len(x)},) whole numbers 0..17, one a window"
+    path, want = of_labels, f"({len(x)},) whole numbers 0..17, one a window"
     label = _array(path, want)
     if label.shape != x.shape[:1] or not np.isin(label, np.arange(GESTURES)).all():
         raise ValueError(f"{path}: expected {want}, got shape {label.shape}, or other labels")
@@ -109,11 +118,6 @@ def read(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _array(path: Path, want: str) -> np.ndarray:
     """A file's array, if it holds finite numbers."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no file {path}; it is part of NAS-Bench-360 (ninapro/{path.name}, {want}): put it "
-            "there, or run on simulated data (--data simulated)"
-        )
     array = np.asarray(files.read_pickled(path))
     if array.dtype.kind not in "iuf" or array.ndim == 0 or not np.isfinite(array).all():
         raise ValueError(f"{path}: expected {want}, got {array.dtype}, or values not finite")

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tasks import files, metrics
+from tasks import download, files, metrics
 
+ARCHIVE = "psicov/protein.zip"
+FILES = {ARCHIVE: download.nas_bench("protein.zip", 1.1e9, "GPL")}
 SIDE, SIDE_REAL = 64, 512  # of the canvas
 FEATURES = {  # of a chain of L residues
     "ss": (3, "L"),  # secondary structure: probabilities of coil, helix, strand
@@ -285,7 +287,7 @@ def read(root: Path, split: str) -> Dataset:
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold; for the
         content of a chain's files when that chain is asked for.
     """
-    folder = Path(root) / "psicov" / "protein"
+    folder = download.unpacked(root, "psicov/protein", ARCHIVE, FILES[ARCHIVE])
     if split == "test":
         return Chains(folder / "psicov", identifiers(folder / "psicov.lst"), vary=False)
     names = identifiers(folder / "deepcov.lst")

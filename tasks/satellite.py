@@ -14,8 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks import files, metrics
+from tasks import download, files, metrics
 
+FILES = {
+    name: download.nas_bench(name, size, "GPL")
+    for name, size in (
+        ("satellite/satellite_train.npy", 322e6),
+        ("satellite/satellite_test.npy", 35e6),
+    )
+}
 # name: v0 winter level, v1 summer level, S start and A end of season (day of year), their slopes
 COVER = {
     "wheat": (0.20, 0.85, 75, 175, 0.08, 0.12),
@@ -90,13 +97,9 @@ def read(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold.
     """
-    path = Path(root) / "satellite" / f"satellite_{split}.npy"
+    name = f"satellite/satellite_{split}.npy"
+    path = download.fetch(root, name, FILES[name])
     want = "a pickled dict {'data': (n, 46) numbers, 'label': (n,) integers 1..24}"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no file {path}; it is part of NAS-Bench-360 (satellite_{split}.npy, {want}): put it "
-            "there, or run on simulated data (--data simulated)"
-        )
     content = files.read_pickled(path)
     if not isinstance(content, dict) or not {"data", "label"} <= set(content):
         raise ValueError(f"{path}: expected {want}, got {type(content).__name__}")

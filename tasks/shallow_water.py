@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks import metrics, pdebench
+from tasks import download, metrics, pdebench
 from tasks.darcy_2d import hdf5
 
 GRID, FILE_GRID = 64, 128  # cells a side: ours, and the file's
@@ -39,7 +39,8 @@ RADIUS, LEVEL, OFFSET = (0.3, 0.7), (0.8, 1.2), 0.4  # of the dams: R, H, centre
 CELLS, REACH = 1200, 6.0  # of the solution for R = H = 1: the wave is within r <= 5.6
 FINE = 4  # points a side of a cell over which h is averaged
 NAME, FRAMES = "2D_rdb_NA_NA.h5", (0, 100)
-URL = "https://darus.uni-stuttgart.de/api/access/datafile/133021"
+REMOTE = download.darus(133021, 6.62e9, "75d838c47aa410694bdc912ea7f22282")
+FILES = {f"pdebench/{NAME}": REMOTE}
 WANT = "at least 10 groups, each with data, finite depths > 0 of shape (101, 128, 128, 1)"
 
 
@@ -153,7 +154,7 @@ def read(root: Path, split: str, published: bool = False) -> tuple[np.ndarray, n
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold.
     """
     path = Path(root) / "pdebench" / NAME
-    with hdf5(path, URL, WANT) as file:
+    with hdf5(path, REMOTE, WANT) as file:
         h = read_groups(file, split, FRAMES, 1)
         if h.min() <= 0:
             raise ValueError(f"got depths <= 0 in '{split}'")

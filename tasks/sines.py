@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from tasks import pdebench
+from tasks.download import Remote, fetch
 
 CELLS = 1024
 TEST = 10  # one row in so many, the first ones, is for testing
 BLOCK = 16  # samples of which all frames are in memory at once
-DARUS = "https://darus.uni-stuttgart.de/api/access/datafile/"
 
 
 def centres(start: float = 0.0, end: float = 1.0) -> np.ndarray:
@@ -74,7 +74,7 @@ def normalised(u: np.ndarray) -> np.ndarray:
 def read_frames(
     root: Path,
     name: str,
-    number: int,
+    remote: Remote,
     split: str,
     frames: tuple[int, ...],
     steps: int,
@@ -85,7 +85,7 @@ def read_frames(
     """Some frames of root/pdebench/name, and no other part of the file.
 
     Args:
-        number: of the file at DaRUS, for the error message.
+        remote: where the file is downloaded from if it is not there.
         split: "test", the first tenth of the rows, or "train", the others.
         frames, steps: which frames, and how many there should be.
         keys: the arrays, each of (rows, steps, 1024).
@@ -96,15 +96,11 @@ def read_frames(
     """
     path = Path(root) / "pdebench" / name
     want = f"{', '.join(keys)} of shape (10000, {steps}, {CELLS}), finite numbers"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no file {path}; it is part of PDEBench ({DARUS}{number}, HDF5 with {want}): put it "
-            "there, or run on simulated data (--data simulated)"
-        )
     try:
         import h5py
     except ImportError:
         raise ValueError(f"{path}: HDF5 files need h5py: pip install h5py") from None
+    fetch(root, f"pdebench/{name}", remote)
     try:
         with h5py.File(path, "r") as file:
             if attributes is not None:
@@ -114,7 +110,7 @@ def read_frames(
             parts = [_frames(file, key, split, frames, steps) for key in keys]
     except Exception as error:  # damaged files fail in many ways, which all mean the same
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: {reason}; expected {want} ({DARUS}{number})") from None
+        raise ValueError(f"{path}: {reason}; expected {want} ({remote.url})") from None
     if len({len(part) for part in parts}) > 1:
         raise ValueError(f"{path}: {', '.join(keys)} differ in their rows; expected {want}")
     return np.stack(parts, axis=1)

@@ -21,12 +21,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tasks import cifar100, files, metrics
+from tasks import cifar100, download, files, metrics
 
 SIZE, NUM_CLASSES = 60, cifar100.NUM_CLASSES
 EYE = 1.001  # height of the point projected from: just above the north pole, which is at 1
 AZIMUTH, LATITUDE, SPIN = np.pi / 4, np.pi / 9, 0.2  # of simulated images, in radians
 HALF = 1.5  # half the width of the image, which lies on the plane that touches the south pole
+NAME = "spherical/s2_cifar100.gz"
+FILES = {NAME: download.nas_bench(NAME, 272e6, "CC BY-SA")}
 WANT = (
     "a gzip of a pickled dict {'train': ..., 'test': ...}, each "
     f"{{'images': (n, 3, {SIZE}, {SIZE}) uint8, 'labels': (n,) integers 0..{NUM_CLASSES - 1}}}"
@@ -100,12 +102,7 @@ def read(root: Path, split: str) -> cifar100.Images:
     Takes half a minute, 1 GB of temporary disk space and 3 GB of memory for a moment.
     Raises: FileNotFoundError or ValueError, naming the file and what it should hold.
     """
-    path = Path(root) / "spherical" / "s2_cifar100.gz"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no file {path}; it is part of NAS-Bench-360 (s2_cifar100.gz, 272 MB, {WANT}): put it "
-            "there, or run on simulated data (--data simulated)"
-        )
+    path = download.fetch(root, NAME, FILES[NAME])
     part = unpickled(path)
     part = part.get(split) if isinstance(part, dict) else None
     if not isinstance(part, dict) or not {"images", "labels"} <= set(part):

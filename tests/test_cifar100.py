@@ -175,7 +175,7 @@ def damage(path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda f: f.unlink(), FileNotFoundError, r"get https.*cifar-100.*--data simulated"),
+        (lambda f: f.unlink(), FileNotFoundError, r"169 MB.*https.*cifar-100.*--data simulated"),
         (damage, ValueError, "cifar-100-python.tar.gz or a file of .* is damaged, its md5"),
         (lambda f: f.write_bytes(b""), ValueError, "is damaged, its md5"),
         (lambda f: f.write_text("<html>"), ValueError, "is damaged, its md5"),

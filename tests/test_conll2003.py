@@ -1,6 +1,5 @@
 """tasks/sources/conll2003.py, on small files in the layout of the real ones."""
 
-import builtins
 import sys
 import types
 
@@ -229,18 +228,17 @@ def write_parquet(path, sentences=SENTENCES, tags="ner_tags"):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that gives hub.parquet, and expects in it what SENTENCES has; the requests it got."""
-    requests = []
+    """A hub that gives hub.parquet, and expects in it what SENTENCES has; the files asked for."""
+    asked = []
 
-    def download(**request):
-        requests.append(request)
-        return str(tmp_path / "hub.parquet")
+    def fetch(root, name, remote, instead):
+        asked.append(remote.url)
+        return tmp_path / "hub.parquet"
 
     counts = {"sentences": 3, "PER": 1, "ORG": 2, "LOC": 2, "MISC": 2}
-    files = {split: (name, counts) for split, (name, _) in conll2003.HUB_FILES.items()}
-    monkeypatch.setattr(conll2003, "HUB_FILES", files)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    return requests
+    monkeypatch.setattr(conll2003, "COUNTS", dict.fromkeys(conll2003.COUNTS, counts))
+    monkeypatch.setattr(conll2003, "fetch", fetch)
+    return asked
 
 
 def test_from_the_hub(tmp_path, hub):
@@ -253,8 +251,8 @@ def test_from_the_hub(tmp_path, hub):
     np.testing.assert_array_equal(from_hub[0], from_text[0])
     conll2003.load(characters, 24, 10, split="val", root=tmp_path / "none")
     names = ["train", "train", "validation"]
-    assert [r["filename"] for r in hub] == [f"data/{n}-00000-of-00001.parquet" for n in names]
-    assert all(r["repo_type"] == "dataset" and len(r["revision"]) == 40 for r in hub)
+    assert [url.rsplit("/", 1)[1] for url in hub] == [f"{n}-00000-of-00001.parquet" for n in names]
+    assert all(f"/resolve/{conll2003.REVISION}/" in url for url in hub)
 
 
 def test_the_hub_has_something_else(tmp_path, hub):
@@ -274,41 +272,23 @@ def test_the_hub_has_something_else(tmp_path, hub):
         conll2003.sentences("train", tmp_path)
 
 
-NEITHER = (
-    r"^source 'conll2003': no file train.txt or eng.train in .*conll2003, and none from the "
-    r"Hugging Face hub \({}\); put the shared task's train.txt and valid.txt \(or eng.train and "
-    r"eng.testa\) into .*conll2003: .* may not be redistributed by us; --source words needs no "
-    r"download$"
-)
-
-
-@pytest.mark.parametrize(
-    "error", [OSError("offline\nfor now"), ConnectionError("offline"), RuntimeError("offline")]
-)
-def test_no_files_and_no_network(tmp_path, monkeypatch, error):
-    def download(**request):
-        raise error
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+def test_no_files_and_no_network(tmp_path, monkeypatch):
     for name in ("pyarrow", "pyarrow.parquet"):  # as if installed
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    with pytest.raises(FileNotFoundError, match=NEITHER.format("offline")):
+    message = (
+        r"^no file .*train-00000-of-00001.parquet \(.*Reuters.* cannot be had: no connection.* put "
+        r"train.txt or eng.train of the shared task into .*conll2003, or choose --source words, "
+        r"which needs no download$"
+    )
+    with pytest.raises(FileNotFoundError, match=message) as error:
         conll2003.load(characters, 8, 10, root=tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_no_files_and_no_pyarrow(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("pyarrow"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    def download(**request):
-        raise AssertionError("downloads what cannot be read")
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    message = NEITHER.format("its files need pyarrow: pip install pyarrow")
+    for name in ("pyarrow", "pyarrow.parquet"):  # as if not installed
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(conll2003, "fetch", None)  # nor is downloaded what cannot be read
+    message = r"no file train.txt or eng.train in .*conll2003.*pip install pyarrow, or .* words"
     with pytest.raises(FileNotFoundError, match=message):
         conll2003.load(characters, 8, 10, root=tmp_path)

@@ -298,9 +298,14 @@ def test_damaged_chains_are_named(damage, message, tmp_path):
 
 
 def test_damaged_and_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"psicov.lst; .*--data simulated"):
+    with pytest.raises(FileNotFoundError, match="protein.zip .*--data simulated"):
         psicov.read(tmp_path, "test")
     protein = write(tmp_path, [chain()])
+    names = (protein / "psicov.lst").read_bytes()
+    (protein / "psicov.lst").unlink()
+    with pytest.raises(FileNotFoundError, match=r"psicov.lst; .*--data simulated"):
+        psicov.read(tmp_path, "test")
+    (protein / "psicov.lst").write_bytes(names)
     of_map = protein / "psicov" / "distance" / "chain0A-cb.npy"
     whole = of_map.read_bytes()
     of_map.write_bytes(whole[:-100])

@@ -2,8 +2,7 @@
 
 Krizhevsky 2009, Learning multiple layers of features from tiny images. 50,000 training images (the
 split "train") and 10,000 test images ("val"), 32 x 32 pixels. torchvision reads them, from
-cifar-10-python.tar.gz or its folder cifar-10-batches-py in data/, and downloads them (170 MB) if
-there are neither.
+cifar-10-python.tar.gz (170 MB, downloaded if need be) or its folder cifar-10-batches-py in data/.
 
 The files are pickles, and to unpickle is to run a program: torchvision does it, but only with files
 whose md5 is that of the published ones.
@@ -17,42 +16,56 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
+from tasks.download import SIMULATE, Remote, fetch
+
+NAME = "cifar-10-python.tar.gz"
+FILES = {
+    NAME: Remote(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        170_498_071,
+        "not stated",
+        "https://www.cs.toronto.edu/~kriz/cifar.html",
+        "c58f30108f718f92721af3b95e74349a",
+    )
+}
+EMBEDDED = "choose --source shapes, which needs no download"
 SPLITS = ("train", "val")
 
 
 def verified(
-    dataset: type[datasets.CIFAR10], folder: Path, train: bool, download: bool
+    dataset: type[datasets.CIFAR10],
+    root: Path,
+    name: str,
+    remote: Remote,
+    train: bool,
+    instead: str = SIMULATE,
 ) -> datasets.CIFAR10:
-    """A CIFAR data set in folder, unpacked if need be; all its files are the published ones.
+    """A CIFAR data set beside root/name, unpacked if need be; all its files are the published ones.
 
     Args:
         dataset: torchvision's CIFAR10 or CIFAR100.
-        download: whether to download the archive if it is not there; it is never overwritten.
+        name, remote, instead: of the archive, which is downloaded if neither it nor its folder is
+            there (download.fetch); it is never overwritten.
     Raises: FileNotFoundError if there is nothing to read; ValueError if a file is not the published
         one.
     """
-    archive, unpacked = folder / dataset.filename, folder / dataset.base_folder
+    folder = (Path(root) / name).parent
+    unpacked = folder / dataset.base_folder
     damaged = (
         f"{folder}: {dataset.filename} or a file of {dataset.base_folder} is damaged, its md5 is "
-        f"not that of the published one; delete both and get {dataset.url} again"
+        f"not that of the published one; delete both and run again, or get {remote.url}"
     )
-    missing = f"no file {archive}; get {dataset.url} (170 MB) and put it there"
-    if unpacked.is_dir():
-        download = False  # torchvision's download would cover up a damaged folder
-    elif archive.exists():
-        if not check_integrity(archive, dataset.tgz_md5):
-            raise ValueError(damaged)
-        download = True  # no more than to unpack
-    elif not download:
-        raise FileNotFoundError(missing)
+    unpack = not unpacked.is_dir()  # torchvision's download would cover up a damaged folder
+    if unpack and not check_integrity(fetch(root, name, remote, instead), dataset.tgz_md5):
+        raise ValueError(damaged)
     try:
         with contextlib.redirect_stdout(None):  # the last line printed is the run's result
-            return dataset(folder, train=train, download=download)
+            return dataset(folder, train=train, download=unpack)
     except RuntimeError:
         raise ValueError(damaged) from None
     except OSError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"{missing} (the download failed: {reason})") from None
+        raise ValueError(f"{folder}: {dataset.filename} cannot be unpacked ({reason})") from None
 
 
 def balanced(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -96,7 +109,7 @@ def load(
     if masks:
         raise ValueError("source 'cifar10' has no masks; choose shapes or voc")
     rng = np.random.default_rng([seed, SPLITS.index(split)])
-    data = verified(datasets.CIFAR10, Path(root), train=split == "train", download=True)
+    data = verified(datasets.CIFAR10, root, NAME, FILES[NAME], split == "train", EMBEDDED)
     labels = np.array(data.targets, dtype=np.int64)
     rows = balanced(labels, n, rng)
     return np.stack([pixels(data[row][0], size) for row in rows]), labels[rows], data.classes

@@ -7,7 +7,8 @@ an entity word in its middle, and the word's tag is the label: this reproduces t
 number of classes of the features that ORCA and PaRe publish without the script that made them.
 
 The text is Reuters', and its licence lets nobody pass it on. It is read from the shared task's own
-files in data/conll2003/ (FILES) if they are there, else from the Hugging Face hub (HUB).
+files in data/conll2003/ (TEXT) if they are there, else from a copy on the Hugging Face hub (FILES),
+which is downloaded into the same folder.
 """
 
 from collections import Counter
@@ -16,48 +17,47 @@ from pathlib import Path
 
 import numpy as np
 
+from tasks.download import Remote, fetch
+
 TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"]
 CLASSES = TAGS[1:]  # TAGS is also what the hub's numbers mean
-FILES = {"train": ("train.txt", "eng.train"), "val": ("valid.txt", "eng.testa")}
-HUB = {
-    "repo_id": "lhoestq/conll2003",
-    "repo_type": "dataset",
-    "revision": "19edcb426bfd625c275c17b9a99b2239243f4377",
+TEXT = {"train": ("train.txt", "eng.train"), "val": ("valid.txt", "eng.testa")}
+HUB = "https://huggingface.co/datasets/lhoestq/conll2003"
+REVISION = "19edcb426bfd625c275c17b9a99b2239243f4377"
+LICENCE = "of Reuters' text, a research agreement; nobody may pass it on"
+FILES = {
+    f"conll2003/{name}": Remote(f"{HUB}/resolve/{REVISION}/data/{name}", None, LICENCE, HUB)
+    for name in ("train-00000-of-00001.parquet", "validation-00000-of-00001.parquet")
 }
-# split: file on the hub, and what the paper counts in it: sentences, and entities of each type
-HUB_FILES = {
-    "train": (
-        "data/train-00000-of-00001.parquet",
-        {"sentences": 14041, "PER": 6600, "ORG": 6321, "LOC": 7140, "MISC": 3438},
-    ),
-    "val": (
-        "data/validation-00000-of-00001.parquet",
-        {"sentences": 3250, "PER": 1842, "ORG": 1341, "LOC": 1837, "MISC": 922},
-    ),
+PARQUET = dict(zip(TEXT, FILES, strict=True))  # the file of each split
+# split: what the paper counts in it, sentences and entities of each type
+COUNTS = {
+    "train": {"sentences": 14041, "PER": 6600, "ORG": 6321, "LOC": 7140, "MISC": 3438},
+    "val": {"sentences": 3250, "PER": 1842, "ORG": 1341, "LOC": 1837, "MISC": 922},
 }
 Sentences = list[tuple[list[str], list[str]]]  # words and tags
 
 
 def sentences(split: str, root: Path) -> Sentences:
-    """All sentences of a split, tagged IOB2, from root/conll2003/ or else from the hub.
+    """All sentences of a split, tagged IOB2, from root/conll2003/, downloaded if need be.
 
     Raises: FileNotFoundError if there are neither; ValueError if what there is is damaged.
     """
     folder = Path(root) / "conll2003"
-    for name in FILES[split]:
+    for name in TEXT[split]:
         if (folder / name).is_file():
             return _from_text(folder / name)
-    try:
-        path = _download(HUB_FILES[split][0])
-    except Exception as error:  # OSError, ImportError, or an error of the hub's HTTP library
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    instead = f"put {' or '.join(TEXT[split])} of the shared task into {folder}, or choose "
+    instead += "--source words, which needs no download"
+    try:  # first, so as not to download what cannot be read
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
         raise FileNotFoundError(
-            f"source 'conll2003': no file {' or '.join(FILES[split])} in {folder}, and none from "
-            f"the Hugging Face hub ({reason}); put the shared task's train.txt and valid.txt (or "
-            f"eng.train and eng.testa) into {folder}: the text is Reuters' and may not be "
-            "redistributed by us; --source words needs no download"
-        ) from error
-    return _from_parquet(path, HUB_FILES[split][1])
+            f"no file {' or '.join(TEXT[split])} in {folder}, and those that could be downloaded "
+            f"need pyarrow: pip install pyarrow, or {instead}"
+        ) from None
+    name = PARQUET[split]
+    return _from_parquet(fetch(root, name, FILES[name], instead), COUNTS[split])
 
 
 def _from_text(path: Path) -> Sentences:
@@ -91,22 +91,11 @@ def _from_text(path: Path) -> Sentences:
     return [sentence for sentence in found if sentence[0]]
 
 
-def _download(name: str) -> str:
-    """The path of a file of the hub's copy, downloaded unless it is in the cache already."""
-    try:
-        import pyarrow.parquet  # noqa: F401 (first, so as not to download what cannot be read)
-    except ImportError:
-        raise ImportError("its files need pyarrow: pip install pyarrow") from None
-    from huggingface_hub import hf_hub_download
-
-    return hf_hub_download(filename=name, **HUB)
-
-
-def _from_parquet(path: str, counts: dict[str, int]) -> Sentences:
+def _from_parquet(path: Path, counts: dict[str, int]) -> Sentences:
     """Sentences of a parquet file of the hub, if they are as many as the paper says."""
     import pyarrow.parquet
 
-    remedy = f"delete it and run again, or put text files in its place ({FILES['train'][0]}, ...)"
+    remedy = f"delete it and run again, or put text files in its place ({TEXT['train'][0]}, ...)"
     try:
         table = pyarrow.parquet.read_table(path, columns=["tokens", "ner_tags"]).to_pydict()
         found = [
@@ -145,7 +134,7 @@ def load(
     Raises: FileNotFoundError if the data cannot be had; ValueError if a file is damaged, if no word
         has one of the tags, or if the text is shorter than one window.
     """
-    rng = np.random.default_rng([seed, list(FILES).index(split)])
+    rng = np.random.default_rng([seed, list(TEXT).index(split)])
     words, tags = [], []
     for some_words, some_tags in sentences(split, Path(root)):
         words += some_words

@@ -1,9 +1,9 @@
 """Tiny ImageNet: PaRe's source for Spherical CIFAR-100. Photographs of 200 kinds of thing, 64 x 64.
 
 A course of Stanford University (CS231n) made it from ImageNet (Deng et al. 2009). 500 training
-images a class (the split "train") and 50 to validate on ("val"). It is read from
-tiny-imagenet-200.zip as it is, or from its folder tiny-imagenet-200, in data/. A class is called by
-its WordNet number; the data set's words.txt says what that means.
+images a class (the split "train") and 50 to validate on ("val"). It is read from its folder
+tiny-imagenet-200 in data/, or else from tiny-imagenet-200.zip as it is (248 MB, downloaded if need
+be). A class is called by its WordNet number; the data set's words.txt says what that means.
 """
 
 import io
@@ -14,11 +14,14 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.utils import check_integrity
 
-from tasks.sources.cifar10 import balanced, pixels
+from tasks.download import Remote, fetch
+from tasks.sources.cifar10 import EMBEDDED, balanced, pixels
 
 FOLDER = "tiny-imagenet-200"
-URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+URL = "https://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+NAME = f"{FOLDER}.zip"
+FILES = {NAME: Remote(URL, 248_100_043, "not stated", "http://cs231n.stanford.edu", MD5)}
 NUM_CLASSES = 200
 SPLITS = ("train", "val")
 
@@ -26,16 +29,12 @@ SPLITS = ("train", "val")
 def opened(root: Path) -> Path | zipfile.ZipFile:
     """The unpacked folder, or else the zip file once its md5 is known to be the published one.
 
-    Raises: FileNotFoundError if there is neither; ValueError if the zip file is damaged.
+    Raises: FileNotFoundError if neither can be had; ValueError if the zip file is damaged.
     """
-    folder, archive = root / FOLDER, root / f"{FOLDER}.zip"
+    folder = root / FOLDER
     if folder.is_dir():
         return folder
-    if not archive.is_file():
-        raise FileNotFoundError(
-            f"no file {archive} and no folder {FOLDER} beside it; get {URL} (248 MB) and put it "
-            "there, or choose --source shapes, which needs no download"
-        )
+    archive = fetch(root, NAME, FILES[NAME], EMBEDDED)
     if not check_integrity(archive, MD5):
         raise ValueError(f"{archive}: not {URL}, whose md5 is {MD5}; delete it and get it again")
     return zipfile.ZipFile(archive)

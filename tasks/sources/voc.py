@@ -1,9 +1,10 @@
 """PASCAL VOC 2012: PaRe's source for dense tasks. Photographs of 20 kinds of thing, outlined.
 
 Everingham et al. 2010, The PASCAL visual object classes challenge, IJCV 88:303. The images of the
-segmentation challenge, 1,464 to train on (the split "train") and 1,449 to validate on ("val"). An
-outline is a PNG file whose pixels are 0 for the background, 1..20 for the classes, and 255 along
-the edges of objects and where nobody could tell: unknown, NaN in the masks made here.
+segmentation challenge, 1,464 to train on (the split "train") and 1,449 to validate on ("val"). They
+are in data/VOCdevkit; VOCtrainval_11-May-2012.tar (2.0 GB) is downloaded and unpacked if it is not
+there. An outline is a PNG file whose pixels are 0 for the background, 1..20 for the classes, and
+255 along the edges of objects and where nobody could tell: unknown, NaN in the masks made here.
 """
 
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tasks.sources.cifar10 import pixels
+from tasks.download import Remote, unpacked
+from tasks.sources.cifar10 import EMBEDDED, pixels
 from tasks.sources.tiny_imagenet import decoded
 
 URL = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
 MD5 = "6cd6e144f989b92b3379bac3b3de84fd"
+NAME = "VOCtrainval_11-May-2012.tar"
+FILES = {NAME: Remote(URL, 2.0e9, "not stated", "PASCAL VOC 2012", MD5)}
 CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"]
 CLASSES += ["dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa"]
 CLASSES += ["train", "monitor"]
@@ -28,8 +32,7 @@ def listed(folder: Path, split: str) -> list[str]:
     path = folder / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not path.is_file():
         raise FileNotFoundError(
-            f"no file {path}; unpack {URL} (2.0 GB, md5 {MD5}) in {folder.parents[1]}, or choose "
-            "--source shapes, which needs no download"
+            f"no file {path}; unpack {URL} ({FILES[NAME]}) in {folder.parents[1]}, or {EMBEDDED}"
         )
     names = path.read_text(encoding="utf-8", errors="replace").split()
     if not names:
@@ -73,14 +76,14 @@ def load(
     Args:
         size: height and width in pixels, to which the images are scaled, whatever their shape.
         seed, split: which images ("train" or "val").
-        root: the data folder; the archive's folder VOCdevkit is in it.
+        root: the data folder; the archive or its folder VOCdevkit is in it.
         masks: whether y says where objects are rather than what the largest one is.
     Returns: images, float32 (n, 3, size, size) in 0..1; classes, int64 (n,): that with the most
         pixels in the image, or masks, float32 (n, 1, size, size): 1 on objects, 0 elsewhere,
         NaN where unknown; the names of the classes.
     Raises: FileNotFoundError if there is no data; ValueError if it is damaged or n is too large.
     """
-    folder = Path(root) / "VOCdevkit" / "VOC2012"
+    folder = unpacked(root, "VOCdevkit/VOC2012", NAME, FILES[NAME], EMBEDDED)
     names = listed(folder, split)
     if n > len(names):
         raise ValueError(f"{n} images asked for, but VOC has {len(names)}; ask for fewer")
