@@ -1,5 +1,7 @@
 """Small inputs that several tests share."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,11 @@ import torch
 from tasks import satellite
 
 torch.set_num_threads(2)
+
+# No test is to reach the network, and none to wait for it: the way out is a port that is closed.
+# What tests start inherits it; a server that a test starts itself is reached directly.
+os.environ |= dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
+os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")
 
 
 @pytest.fixture(scope="session")
