@@ -235,7 +235,7 @@ def toy(y, kind, train=None):
     x = torch.arange(len(y)).float()[:, None, None].expand(-1, 2, 3)
     train = train or torch.utils.data.TensorDataset(x, y)
     shape = tuple(y.shape[1:])
-    fields = {"y_shape": shape, "kind": kind, "num_classes": 2, "train": train}
+    fields = {"x_shape": (2, 3), "y_shape": shape, "kind": kind, "num_classes": 2, "train": train}
     rest = dict.fromkeys(set(tasks.Task.__dataclass_fields__) - set(fields))
     return tasks.Task(**fields, **rest)
 

@@ -123,6 +123,51 @@ def test_zero_one_error():
         metrics.zero_one(out * float("nan"), torch.tensor([0, 1, 0]))
 
 
+class Counted(torch.utils.data.TensorDataset):
+    """A data set that knows which of its samples were asked for."""
+
+    def __getitem__(self, i):
+        self.asked = [*getattr(self, "asked", []), i]
+        return super().__getitem__(i)
+
+
+def counted(n, channels=3):
+    """A regression task of n samples, with a constant channel and unknown targets."""
+    rng = torch.Generator().manual_seed(0)
+    x = 100 + torch.randn(n, channels, 5, 4, generator=rng)
+    x[:, 1] = 0.1
+    y = torch.randn(n, 2, 6, generator=rng) * torch.arange(1, 7)
+    y[torch.rand(y.shape, generator=rng) < 0.3] = float("nan")
+    y[:, 0, 0] = float("nan")
+    fields = {"x_shape": (channels, 5, 4), "y_shape": (2, 6), "kind": "regression"}
+    fields |= {"num_classes": 2, "train": Counted(x, y)}
+    return tasks.Task(**dict.fromkeys(tasks.Task.__dataclass_fields__) | fields), x, y
+
+
+@pytest.mark.parametrize("memory", [2**26, 72 * 7, 1])
+def test_statistics_are_the_same_in_parts(memory, monkeypatch):
+    monkeypatch.setattr(tasks, "MEMORY", memory)
+    task, x, y = counted(50)
+    x_mean, x_std, y_mean, y_std = tasks.statistics(task)
+    x, y = x.double().numpy(), y.double().numpy()
+    want = x.std(axis=(0, 2, 3))
+    want[1] = 1  # of a constant channel
+    np.testing.assert_allclose(x_mean.ravel(), x.mean(axis=(0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(x_std.ravel(), want, rtol=1e-6)
+    y[:, 0, 0] = 0  # nowhere known
+    np.testing.assert_allclose(y_mean, np.nanmean(y, axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y_std, np.nanstd(y, axis=0), rtol=1e-5)
+    assert x_mean.shape == x_std.shape == (3, 1, 1)
+
+
+def test_of_large_samples_few_are_read(monkeypatch):
+    monkeypatch.setattr(tasks, "MOST", 60 * 12)
+    task, _, _ = counted(50)
+    tasks.statistics(task, seed=1)
+    assert len(task.train.asked) == 12 == len(set(task.train.asked))
+    assert tasks.some_classes(task, seed=1)[0] == sorted(task.train.asked[:12])
+
+
 def letters(texts):
     """A tokenizer that needs no body: one token a character."""
     return [[ord(c) % 500 for c in text] for text in texts]
