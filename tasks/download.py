@@ -16,6 +16,7 @@ import http.client
 import os
 import shutil
 import socket
+import ssl
 import sys
 import tarfile
 import threading
@@ -331,7 +332,8 @@ def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
     except TimeoutError:
         raise Cut(f"no answer within {READ_S} s") from None
     except (OSError, http.client.HTTPException) as error:
-        raise Cut(_reason(error)) from None
+        untrusted = isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError)
+        raise (Unavailable if untrusted else Cut)(_reason(error)) from None
 
 
 def _reach(url: str) -> None:

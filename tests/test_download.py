@@ -9,11 +9,14 @@ import io
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -276,11 +279,21 @@ def test_pages_refusals_and_bad_redirects(path, message, server, tmp_path):
 
 
 def test_no_way_from_https_to_http(tmp_path):
-    request = download.urllib.request.Request("https://127.0.0.1/file")
+    request = urllib.request.Request("https://127.0.0.1/file")
     with pytest.raises(download.Unavailable, match="leads to http://127.0.0.1/file"):
         redirects = download._Redirects()
         redirects.redirect_request(request, None, 302, "Found", {}, "http://127.0.0.1/file")
     bad(tmp_path, FileNotFoundError, "it is not https", remote("http://example.org/file"))
+
+
+def test_a_certificate_that_is_not_trusted_is_not_tried_again(server, tmp_path, monkeypatch):
+    def refuse(*args, **how):
+        server.ranges.append("refused")
+        raise urllib.error.URLError(ssl.SSLCertVerificationError("certificate verify failed"))
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", refuse)
+    bad(tmp_path, FileNotFoundError, "certificate verify failed", remote(server.url("file")))
+    assert server.ranges == ["refused"]
 
 
 def test_a_length_that_cannot_be_it(server, tmp_path):
