@@ -1,4 +1,5 @@
-"""The only door to pretrained bodies: load_body() from a name, rebuild() from a run's config.json.
+"""The only door to pretrained bodies: load_body() from a name, rebuild() from a run's config.json,
+adapt() for the body g of slide 7.
 
 A body is what the libraries call a model: a RobertaModel of transformers for series (or one of its
 twins, CamemBERT and XLM-RoBERTa), a SwinTransformer or VisionTransformer of timm for images, of any
@@ -9,11 +10,15 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 FOLDER = Path(__file__).resolve().parent
 TINY = {2: "tiny_roberta", 3: "tiny_swin"}  # len(x_shape): the body that comes with the project
 PATCHES = {2: 32, 3: 256}  # and how many patches suit it
+ROBERTA_BASE = "FacebookAI/roberta-base@e2da8e2f811d1448a5b465c236feacd80ffbac7b"
+SWIN_BASE = "swin_base_patch4_window7_224.ms_in22k"  # its bare name would be another checkpoint
 ROBERTAS = ("roberta", "xlm-roberta", "camembert")  # of one and the same form
 
 
@@ -24,7 +29,8 @@ def load_body(
 
     Args:
         name: a folder, in bodies/ or anywhere, or a hub's name: of transformers for series (with
-            a "/" in it), of timm for images; random:NAME takes only the architecture of NAME.
+            a "/" in it; NAME@REVISION pins a commit), of timm for images; random:NAME takes only
+            the architecture of NAME.
         x_shape: (C, L) of series or (C, H, W) of images; decides which kind of body it must be.
         patches: that images are cut into, by the body's own patch size (Swin 4 x 4 pixels, ViT
             often 16 x 16): sets the size they are brought to.
@@ -67,13 +73,18 @@ def _roberta(place: str, untrained: bool) -> tuple[nn.Module, Callable]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(place)
+    name, _, revision = (place, "", "") if Path(place).is_dir() else place.partition("@")
+    which = {"revision": revision} if revision else {}
+    config = AutoConfig.from_pretrained(name, **which)
     if config.model_type not in ROBERTAS:
         raise ValueError(f"it is a {config.model_type}; series take a RoBERTa")
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(name, **which)
     kind = {"config": config, "add_pooling_layer": False}
-    model = AutoModel.from_config(**kind) if untrained else AutoModel.from_pretrained(place, **kind)
+    if untrained:
+        model = AutoModel.from_config(**kind)
+    else:
+        model = AutoModel.from_pretrained(name, **kind, **which)
 
     def tokenize(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -83,7 +94,6 @@ def _roberta(place: str, untrained: bool) -> tuple[nn.Module, Callable]:
 
 def _vision(place: str, untrained: bool, patches: int) -> nn.Module:
     import timm
-    import torch
     from timm.models.swin_transformer import SwinTransformer
     from timm.models.vision_transformer import VisionTransformer
 
@@ -136,3 +146,88 @@ def rebuild(saved: dict) -> nn.Module:
     import timm
 
     return timm.create_model(saved["name"], pretrained=False, num_classes=0, **saved["sizes"])
+
+
+# ---- g: the layers of a pretrained model, as the methods call them ----
+
+
+def adapt(model: nn.Module, grid: tuple) -> nn.Module:
+    """g: a list of what each layer makes of tokens (B, N, D), of `grid` patches along each axis.
+
+    Its attribute maps says of each layer: the patches along each axis, and their width. With
+    recompute = True, layers are computed again in the backward pass, which saves memory.
+    """
+    if hasattr(model, "encoder"):
+        return SeriesBody(model, grid)
+    return (ImageBody if hasattr(model, "layers") else PlainBody)(model, grid)
+
+
+def _through(layer: nn.Module, z: Tensor, recompute: bool) -> Tensor:
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, z, use_reentrant=False)
+    return layer(z)
+
+
+class SeriesBody(nn.Module):
+    """g: the layers of a RoBERTa, (B, N, D) -> [(B, N, D), ...], what each returns (slide 7)."""
+
+    recompute = False
+
+    def __init__(self, roberta: nn.Module, grid: tuple):
+        super().__init__()
+        self.encoder = roberta.encoder
+        # of what it returns: patches, width
+        self.maps = [(grid, roberta.config.hidden_size)] * len(self.encoder.layer)
+
+    def forward(self, z: Tensor) -> list[Tensor]:
+        features = []
+        for layer in self.encoder.layer:
+            z = _through(layer, z, self.recompute)
+            features.append(z)
+        return features
+
+
+class ImageBody(nn.Module):
+    """g: the stages of a Swin transformer, (B, N, D) -> [(B, h, w, D), (B, h/2, w/2, 2D), ...]."""
+
+    recompute = False
+
+    def __init__(self, swin: nn.Module, grid: tuple):
+        super().__init__()
+        self.layers, self.norm, self.grid = swin.layers, swin.norm, grid
+        scales = [(i["num_chs"], i["reduction"]) for i in swin.feature_info]
+        size = swin.patch_embed.img_size
+        self.maps = [((size[0] // r, size[1] // r), D) for D, r in scales]
+
+    def forward(self, z: Tensor) -> list[Tensor]:
+        z, features = z.unflatten(1, self.grid), []  # (B, N, D) -> (B, h, w, D)
+        for layer in self.layers:
+            z = _through(layer, z, self.recompute)
+            features.append(z)
+        return [*features[:-1], self.norm(z)]
+
+
+class PlainBody(nn.Module):
+    """g: the blocks of a ViT, (B, N, D) -> [(B, h, w, D), ...], what each returns."""
+
+    recompute = False
+
+    def __init__(self, vit: nn.Module, grid: tuple):
+        super().__init__()
+        self.blocks, self.first, self.grid = vit.blocks, vit.norm_pre, grid
+        self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
+        names = ("cls_token", "dist_token", "reg_token")  # in timm's order
+        tokens = [t for t in (getattr(vit, name, None) for name in names) if t is not None]
+        prefix = torch.cat(tokens, dim=1).detach() if tokens else torch.zeros(1, 0, vit.embed_dim)
+        own = vit.pos_embed.detach()[:, : -math.prod(grid)]  # the positions of the prefix, or none
+        prefix[:, : own.shape[1]] += own
+        self.prefix = nn.Parameter(prefix)  # (1, P, D)
+        self.maps = [(grid, vit.embed_dim)] * len(self.blocks)
+
+    def forward(self, z: Tensor) -> list[Tensor]:
+        P, features = self.prefix.shape[1], []
+        z = self.first(torch.cat([self.prefix.expand(len(z), -1, -1), z], dim=1))
+        for block in self.blocks:
+            z = _through(block, z, self.recompute)
+            features.append(z[:, P:].unflatten(1, self.grid))  # (B, P + N, D) -> (B, h, w, D)
+        return [*features[:-1], self.norm(features[-1])]

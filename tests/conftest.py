@@ -8,7 +8,7 @@ import torch
 
 from tasks import satellite
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 # No test is to reach the network, and none to wait for it: the way out is a port that is closed.
 # What tests start inherits it; a server that a test starts itself is reached directly.

@@ -201,7 +201,8 @@ def run(series, tmp_path_factory):
 
 def test_a_run_learns_and_writes_everything(run):
     cfg, result, out = run
-    names = "config.json metrics.jsonl steps.csv curves.png model.safetensors result.json".split()
+    names = "config.json metrics.jsonl steps.csv curves.png model.safetensors result.json last.pt"
+    names = names.split()
     assert sorted(p.name for p in out.iterdir()) == sorted(names)
     keys = "method task data body source align seed metric test_error val_error epochs train_size"
     assert list(result) == [*keys.split(), "time_s", "params_m", "device", "precision"]
