@@ -108,7 +108,7 @@ class Config(Settings):
     weight_decay: float = opt(0.01, "of the optimiser", low=0)
     momentum: float = opt(0.9, "of SGD", low=0)
     beta2: float = opt(0.999, "of AdamW and Adam", low=0)
-    warmup: float = opt(0.1, "share of the schedule in which the learning rate rises", low=0)
+    warmup: float = opt(0.1, "share of the schedule in which the learning rate rises", (), 0, 1)
     schedule_epochs: int = opt(0, "epochs until it would be 0 again; 0: `epochs`", low=0)
     clip: float = opt(1.0, "largest norm of a gradient; 0: any", low=0)
 
@@ -483,6 +483,7 @@ def align(
             rows = balanced_rows(labels, cfg.align_samples, rng)
             z_t = embedded(model.f_t, task, [pool[row] for row in rows.tolist()], cfg)
             y_t = labels[rows].to(z_s.device)
+            run.finite(float(z_t.detach().sum()), "embedded target", epoch, cfg.align_lr)
             loss = D(z_t, y_t)  # (O2)
             optimizer.zero_grad()
             run.finite(loss.item(), "distance", epoch, cfg.align_lr)
@@ -627,7 +628,8 @@ def rank_sources(cfg: Config) -> list[dict]:
     """How far every source is from the embedded target, before and after stage 2 with OTDD.
 
     "Determining the most suitable proxy remains a challenge" (slide 31). Sources whose files are
-    not there are left out, and it is said. Returns and prints a row for each, the nearest first.
+    not there are left out, not downloaded, and it is said. Returns and prints a row for each, the
+    nearest first.
     """
     cfg, task, net, tokenize, model, _ = build(replace(cfg, align="otdd"))
     f_s, device = source_embedder(net), next(model.parameters()).device
@@ -637,7 +639,8 @@ def rank_sources(cfg: Config) -> list[dict]:
     for name in tasks.IMAGES if tokenize is None else tasks.TEXTS:
         start, copied = time.time(), copy.deepcopy(model)
         try:
-            source = load_source(name, cfg, tokenize)
+            with tasks.download.off():
+                source = load_source(name, cfg, tokenize)
         except (ValueError, OSError) as error:
             print(f"{name}: left out: {error}")
             continue

@@ -121,7 +121,7 @@ class Config(Settings):
     weight_decay: float = opt(0.01, "of the optimiser", low=0)
     momentum: float = opt(0.9, "of SGD", low=0)
     beta2: float = opt(0.999, "of AdamW and Adam", low=0)
-    warmup: float = opt(0.1, "share of the schedule in which the learning rate rises", low=0)
+    warmup: float = opt(0.1, "share of the schedule in which the learning rate rises", (), 0, 1)
     schedule_epochs: int = opt(0, "epochs until it would be 0 again; 0: `epochs`", low=0)
     clip: float = opt(1.0, "largest norm of a gradient; 0: any", low=0)
 
@@ -654,6 +654,7 @@ def align(
             rows = balanced_rows(labels, cfg.align_samples, rng)
             z_t = embedded(model.f_t, task, [pool[row] for row in rows.tolist()], cfg)
             y_t = labels[rows].to(z_s.device)
+            run.finite(float(z_t.detach().sum()), "embedded target", epoch, cfg.align_lr)
             loss = D(z_t, y_t)  # (O2)
             optimizer.zero_grad()
             run.finite(loss.item(), "distance", epoch, cfg.align_lr)

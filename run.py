@@ -35,15 +35,18 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, default_collate
 from tqdm import tqdm
 
+MOST = 1e38  # a large float32; whole numbers end before
+LIMITS = ("low", "high", "choices")
 FREE = {"resume", "overwrite", "out", "device", "workers", "track", "data_dir"}  # may change
 
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
 
-def opt(default, text: str, choices: tuple = (), low: float | None = None):
+def opt(default, text: str, choices: tuple = (), low: float | None = None, high=MOST):
     """A field of Config: its default, what it means, the values it can take."""
-    return field(default=default, metadata={"help": text, "choices": choices, "low": low})
+    limits = {"low": low, "high": high}
+    return field(default=default, metadata={"help": text, "choices": choices, **limits})
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,16 @@ class Settings:
 def check(cfg) -> None:
     """Raises: ValueError, naming the flag, if a field has a value that it cannot take."""
     for f in fields(cfg):
-        value, low, choices = getattr(cfg, f.name), f.metadata["low"], f.metadata["choices"]
+        value, low, high, choices = (getattr(cfg, f.name), *map(f.metadata.get, LIMITS))
         flag = "--" + f.name.replace("_", "-")
         if choices and value not in (f.default, *choices):
             raise ValueError(f"{flag} {value} is unknown; choose one of {', '.join(choices)}")
-        if low is not None and not low <= value < math.inf:
-            raise ValueError(f"{flag} {value} is out of range; give a number of at least {low}")
+        high = 2**31 if isinstance(value, int) and high == MOST else high
+        if low is not None and not low <= value <= high:
+            most = f" and at most {high}" if value > high else ""
+            raise ValueError(
+                f"{flag} {value} is out of range; give a number of at least {low}{most}"
+            )
 
 
 def parse(config: type, configure: Callable, doc: str, argv: list[str] | None):
@@ -178,6 +185,8 @@ def start(cfg) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps", "xpu"):
+            raise RuntimeError(f"{device.type} is no device to compute on")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]

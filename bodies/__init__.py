@@ -40,7 +40,7 @@ def load_body(
     """
     wanted = name.removeprefix("random:")
     untrained = wanted != name
-    folders = [path for path in (FOLDER / wanted, Path(wanted)) if path.is_dir()]
+    folders = [path for path in (FOLDER / wanted, Path(wanted)) if wanted and path.is_dir()]
     place = str(folders[0]) if folders else wanted
     series = len(x_shape) == 2
     if not folders and not (wanted.count("/") == 1 or (not series and _timm_knows(wanted))):

@@ -90,6 +90,20 @@ class Cut(Exception):
     """The connection broke, or the server is busy: another try may do."""
 
 
+class _Switch:
+    off = False
+
+
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+    """Inside, nothing is downloaded: a file that is missing is a FileNotFoundError at once."""
+    before, _Switch.off = _Switch.off, True
+    try:
+        yield
+    finally:
+        _Switch.off = before
+
+
 def fetch(root: Path, name: str, remote: Remote, instead: str = SIMULATE) -> Path:
     """root/name, downloaded if it is not there.
 
@@ -100,6 +114,8 @@ def fetch(root: Path, name: str, remote: Remote, instead: str = SIMULATE) -> Pat
     path = Path(root) / name
     if path.exists():
         return path
+    if _Switch.off:
+        raise FileNotFoundError(f"no file {path} ({remote}, {remote.url})")
     try:
         _reach(remote.url)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -531,3 +531,10 @@ def test_simulated_data_never_ask_the_network(name, monkeypatch):
     monkeypatch.setattr(download, "fetch", None)
     monkeypatch.setattr(socket, "create_connection", None)
     assert tasks.load_task(name, train_size=20).data == "simulated"
+
+
+def test_where_downloads_are_off_a_missing_file_is_said_at_once(tmp_path):
+    remote = download.Remote("https://127.0.0.1:9/a.npy", 1e6, "MIT", "https://example.org")
+    with download.off(), pytest.raises(FileNotFoundError, match=r"no file .*a.npy \(1 MB"):
+        download.fetch(tmp_path, "a.npy", remote)
+    assert not list(tmp_path.iterdir()) and not download._Switch.off
