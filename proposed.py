@@ -127,7 +127,7 @@ class Config(Settings):
     contrast_epochs: int = opt(5, "epochs of stage 2", low=1)
     contrast_steps_per_epoch: int = opt(20, "steps in each", low=1)
     contrast_batch: int = opt(0, "features a step; 0: 512, or 128 if they are those of all patches")
-    contrast_lr: float = opt(1e-3, "its learning rate", low=0)
+    contrast_lr: float = opt(3e-4, "its learning rate", low=0)
     tau: float = opt(0.2, "temperature of the cosines", low=0.05)
     lambda_eps: float = opt(1.0, "epsilon of lambda: unlike labels weigh (1 + eps) / eps", low=1e-6)
     preserve: str = opt(
@@ -426,7 +426,8 @@ class Predictor(nn.Module):
 
     For a sample, (K,): d is the mean of the last patches, and h has a hidden layer, since noise of
     mean 0 would only rescale what a linear h makes of d. For every point, (C, L) or (C, H, W): d is
-    all patches of all stages. d is standardised by the training set: noise needs a scale.
+    all patches of all stages, for the layers that ORCA has there, in 2D with a hidden one. d is
+    standardised by the training set, as noise needs a scale.
     """
 
     def __init__(self, maps: list, out_shape: tuple):
@@ -444,7 +445,7 @@ class Predictor(nn.Module):
             self.width, self.last = HIDDEN, nn.ModuleList([nn.Linear(HIDDEN, C)])
         elif len(size) == 1:
             self.inner = nn.ModuleList(normed_linear(D, NARROW) for D in widths)
-            self.width = NARROW * len(widths)
+            self.width = NARROW * maps[0][0][0]
             linear = nn.Linear(maps[0][0][0] * NARROW, math.prod(out_shape))
             self.last = nn.ModuleList([zeros(linear)])
         else:
@@ -464,10 +465,13 @@ class Predictor(nn.Module):
             parts = [parts[-1].mean(dim=1, keepdim=True)]
         return self.standardised(parts)
 
-    def standardised(self, parts: list[Tensor]) -> Tensor:
+    def scales(self, parts: list[Tensor]) -> zip:
         widths = [D for _, D in self.tokens]
-        scales = zip(parts, self.d_mean.split(widths), self.d_std.split(widths), strict=True)
-        return torch.cat([((z - mean) / std).flatten(1) for z, mean, std in scales], dim=1)
+        return zip(parts, self.d_mean.split(widths), self.d_std.split(widths), strict=True)
+
+    def standardised(self, parts: list[Tensor]) -> Tensor:
+        rows = [((z - mean) / std).flatten(1) for z, mean, std in self.scales(parts)]
+        return torch.cat(rows, dim=1)
 
     def split(self, d: Tensor) -> list[Tensor]:
         """The parts of d: (B, M) -> [(B, N, D), ...]."""
@@ -484,7 +488,17 @@ class Predictor(nn.Module):
         return self.standardised(parts)
 
     def hidden(self, d: Tensor) -> list[Tensor]:
-        return [layer(z) for layer, z in zip(self.inner, self.split(d), strict=True)]
+        z = self.split(d)
+        if len(self.out_shape) > 1:  # the next is a LayerNorm, of channels as g has them
+            z = [mean + std * part for part, mean, std in self.scales(z)]
+        return [layer(part) for layer, part in zip(self.inner, z, strict=True)]
+
+    def pooled(self, d: Tensor) -> Tensor:
+        """The hidden layer as one row: (B, M) -> (B, width)."""
+        z = self.hidden(d)
+        if len(self.out_shape) == 2:
+            return sum(z).flatten(1)
+        return torch.cat([part.mean(dim=1) for part in z], dim=1)
 
     def output(self, d: Tensor) -> Tensor:
         """Predictions, standardised: (B, M) -> (B, *out_shape)."""
@@ -760,8 +774,7 @@ class Contrast(nn.Module):
         """z, of length 1: (B, M) -> (B, d)."""
         if self.at_output:
             return F.normalize(coarse(self.h_t.output(d)), dim=1)
-        z = torch.cat([z.mean(dim=1) for z in self.h_t.hidden(d)], dim=1)
-        return F.normalize(self.project(z), dim=1)
+        return F.normalize(self.project(self.h_t.pooled(d)), dim=1)
 
     @torch.no_grad()
     def centres(self, d: Tensor, y: Tensor) -> Tensor:

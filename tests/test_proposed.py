@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import orca
 import proposed
 import run as plumbing
 import tasks
@@ -617,6 +618,15 @@ def test_a_run_on_every_kind_of_task(kind, encoder, tmp_path):
     with torch.no_grad():
         out = model(x)
     assert task.metric(out, y) == pytest.approx(result["test_error"], abs=2e-6)
+
+
+def test_without_stage_2_a_series_to_a_series_is_naive_fine_tuning(tmp_path):
+    """There h^t is ORCA's but for the place of the standardisation, which it takes back."""
+    common = {"task": str(data_of("field", tmp_path)), "epochs": 2}
+    a = {"contrast": "none", "draws": 1, "out": str(tmp_path / "proposed")}
+    a = proposed.main(proposed.configure(**common, **a))
+    b = orca.main(orca.configure(**common, align="none", out=str(tmp_path / "orca")))
+    assert a["test_error"] == pytest.approx(b["test_error"], rel=1e-3)
 
 
 @pytest.fixture(scope="module")
