@@ -154,8 +154,11 @@ def test_landscape_is_flat_where_the_loss_is_and_gives_the_weights_back(series, 
     out = tmp_path / "run"
     orca.main(orca.Config(task=str(series), align="none", epochs=2, out=str(out)))
     landscape = script("landscape")
-    model, task, x, y, result = landscape.load(out, 40)
-    assert len(x) == 40 and result["method"] == "orca"
+    model, task, some, result = landscape.load(out, 40)
+    assert set(some) == {"train", "test"} and result["method"] == "orca"
+    assert torch.equal(some["train"][0][7], task.train[7][0])
+    x, y = some["test"]
+    assert len(x) == 40 and torch.equal(x[7], task.test[7][0])
     before = {name: w.clone() for name, w in model.state_dict().items()}
     d = landscape.direction(model, torch.Generator().manual_seed(0))
     for name, w in model.named_parameters():
@@ -169,9 +172,42 @@ def test_landscape_is_flat_where_the_loss_is_and_gives_the_weights_back(series, 
     assert far != pytest.approx(base, rel=1e-2)
     for name, w in model.state_dict().items():
         assert torch.equal(w, before[name]), name
-    file = tmp_path / "rows.csv"
+
+
+def test_landscape_of_a_known_loss():
+    """Squares of the outputs of W at the unit vectors: L(W + a d + b e) = |W + a d + b e|^2."""
+    landscape, torch_rng = script("landscape"), torch.Generator().manual_seed(0)
+    model = torch.nn.Linear(4, 3, bias=False).double()
+
+    class Task:
+        loss = staticmethod(lambda out, y: out.square().sum(dim=1).mean())
+
+    d, e = (
+        {name: v.double() for name, v in landscape.direction(model, torch_rng).items()}
+        for _ in range(2)
+    )
+    W, x = model.weight.detach().clone(), torch.eye(4, dtype=torch.double)
+    got = landscape.loss_at(model, Task, x, x, [(0.3, d), (-0.2, e)])
+    want = (W + 0.3 * d["weight"] - 0.2 * e["weight"]).square().sum() / 4
+    assert got == pytest.approx(float(want), rel=1e-9)
+
+
+def test_landscape_draws_a_plane_of_one_seed_and_measures_all(series, tmp_path):
+    import orca
+
+    landscape, file = script("landscape"), tmp_path / "rows.csv"
+    runs = [tmp_path / f"nft-{seed}" for seed in (0, 1)]
+    for seed, out in enumerate(runs):
+        setting = {"task": str(series), "align": "none", "epochs": 1, "seed": seed}
+        orca.main(orca.Config(**setting, out=str(out)))
     flags = "--points 3 --directions 3 --samples 40 --csv"
-    rows = landscape.main([str(out), *flags.split(), str(file)])
-    centre = [r for r in rows if r["what"] == "plane" and r["a"] == r["b"] == 0]
-    assert len(rows) == 9 + 3 and centre[0]["value"] == pytest.approx(base, rel=1e-5)
-    assert len(file.read_text().splitlines()) == 13
+    rows = landscape.main([*map(str, runs), *flags.split(), str(file)])
+    assert len(file.read_text().splitlines()) == 1 + len(rows)
+    planes = [row for row in rows if row["what"] == "plane"]
+    assert len(planes) == 9 and {row["run"] for row in planes} == {"nft-0"}
+    losses = {(r["run"], r["split"]): r["value"] for r in rows if r["what"] == "loss"}
+    assert set(losses) == {(run.name, split) for run in runs for split in ("train", "test")}
+    (centre,) = (row for row in planes if row["a"] == row["b"] == 0)
+    assert centre["value"] == pytest.approx(losses["nft-0", "train"], rel=1e-5)
+    rises = [row for row in rows if row["what"] == "rise"]
+    assert len(rises) == 2 * 2 * len(landscape.RADII) and all(row["error"] > 0 for row in rises)
