@@ -56,6 +56,7 @@ import tasks
 from mmd import mmd2
 from otdd import OTDD, label_distances, wasserstein
 from run import Record, Settings, autocast, opt
+from tasks import papers
 
 # B batch, C channels, L length or H x W, N patches, D width of the body, K classes
 METHOD = "orca"
@@ -122,46 +123,8 @@ PATCHES = {"cosmic": 1024, "ecg": 50, "deepsea": 50}
 # An image's f^t starts as the body's own embedder: larger steps undo more than they align.
 ALIGN_LR = {2: 1e-3, 3: 1e-4}  # by the length of x_shape
 
-PAPER = {"data": "real", "beta2": 0.98, "align_epochs": 60, "align_steps_per_epoch": 1}
-PAPER |= {"align_drop": 20, "align_samples": 128, "source_size": 5000}
-PAPER_1D = PAPER | {"body": bodies.ROBERTA_BASE, "source": "conll2003", "patches": 512}
-PAPER_2D = PAPER | {"body": bodies.SWIN_BASE, "source": "cifar10", "patches": 3136}
-COLUMNS = ("optimizer", "lr", "weight_decay", "batch_size", "accumulate", "epochs")
-COLUMNS += ("warmup", "schedule_epochs", "clip", "align_lr")
-# careful: the released code adds up the gradients of accumulated batches where we average them. So
-# lr is its own times `accumulate` (SGD), weight_decay its own over `accumulate` (SGD, Adam).
-ROWS = {
-    "cifar100": ("sgd", 3.2e-3, 1e-3 / 32, 1024, 32, 60, 5 / 200, 200, 0.0, 1e-3),
-    "spherical": ("adamw", 1e-4, 0.1, 128, 4, 60, 5 / 60, 60, 0.0, 1e-3),
-    "darcy": ("adamw", 1e-3, 5e-3, 4, 1, 100, 5 / 100, 100, 0.0, 1e-2),
-    "psicov": ("adam", 5e-6, 1e-5 / 32, 32, 32, 10, 5 / 100, 100, 0.0, 5e-5),
-    "cosmic": ("adamw", 1e-3, 0.0, 4, 1, 60, 5 / 60, 60, 0.0, 1e-2),
-    "ninapro": ("adam", 1e-4, 1e-5, 32, 1, 60, 5 / 60, 60, 1.0, 1e-3),
-    "fsd50k": ("adam", 1e-4, 5e-5, 32, 1, 100, 5 / 100, 100, 0.0, 1e-3),
-    "ecg": ("sgd", 1.6e-5, 0.1 / 16, 64, 16, 15, 5 / 200, 200, 0.0, 1e-5),
-    "satellite": ("adamw", 3e-5, 3e-6, 64, 4, 60, 5 / 60, 60, 0.0, 3e-4),
-    "deepsea": ("adam", 1e-5, 0.0, 16, 1, 13, 10 / 25, 25, 1.0, 1e-4),
-    "advection": ("adam", 1e-4, 1e-5, 4, 1, 200, 5 / 200, 200, 1.0, 1e-3),
-    "burgers": ("adam", 1e-5, 1e-5, 4, 1, 200, 5 / 200, 200, 1.0, 1e-4),
-    "diffusion_reaction_1d": ("sgd", 1e-3, 1e-5, 4, 1, 200, 5 / 200, 200, 1.0, 1e-2),
-    "diffusion_sorption": ("adamw", 1e-4, 0.0, 4, 1, 200, 5 / 200, 200, 1.0, 1e-3),
-    "navier_stokes_1d": ("adamw", 1e-4, 1e-3, 4, 1, 200, 5 / 200, 200, 1.0, 1e-3),
-    "darcy_2d": ("adamw", 1e-4, 1e-5, 4, 1, 100, 5 / 200, 200, 0.0, 1e-3),
-    "shallow_water": ("adamw", 1e-4, 0.0, 4, 1, 200, 10 / 200, 200, 1.0, 1e-3),
-    "diffusion_reaction_2d": ("adam", 1e-4, 1e-3, 4, 1, 200, 5 / 200, 200, 1.0, 1e-3),
-}
-SERIES = ("ecg", "satellite", "deepsea", *tasks.PDES[:5])
-OWN = {"psicov": {"align_samples": 64}, "ninapro": {"align_epochs": 100}}
-OWN |= {"ecg": {"momentum": 0.99, "patches": 64}, "deepsea": {"align_samples": 64}}
-OWN |= {"diffusion_reaction_1d": {"momentum": 0.99, "patches": 256}}
-OWN |= {"diffusion_sorption": {"patches": 32}, "navier_stokes_1d": {"patches": 128}}
-PRESETS = {
-    task: (PAPER_1D if task in SERIES else PAPER_2D)
-    | {"published": task in tasks.PDES}
-    | dict(zip(COLUMNS, row, strict=True))
-    | OWN.get(task, {})
-    for task, row in ROWS.items()
-}
+BODY = {True: {"body": bodies.ROBERTA_BASE}, False: {"body": bodies.SWIN_BASE}}
+PRESETS = {task: row | BODY[task in papers.SERIES] for task, row in papers.ORCA.items()}
 
 
 def configure(**given) -> Config:

@@ -63,6 +63,7 @@ import tasks
 from mmd import mmd2
 from otdd import OTDD, label_distances, wasserstein
 from run import Record, Settings, autocast, opt
+from tasks import papers
 
 # B batch, C channels, L length or H x W, N patches, D width of the body, K classes
 METHOD = "pare"
@@ -134,50 +135,31 @@ EPOCHS |= dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), 
 PATCHES = {"cosmic": 1024, "ecg": 50, "deepsea": 50}
 ALIGN_LR = {2: 1e-3, 3: 1e-4}  # by the length of x_shape, as in orca.py
 
-PAPER = {"data": "real", "beta2": 0.98, "source_size": 5000, "lam": "k/N"}
-PAPER_1D = PAPER | {"body": bodies.ROBERTA_BASE, "patches": 512}
-PAPER_2D = PAPER | {"body": bodies.SWIN_BASE, "patches": 3136}
-COLUMNS = ("optimizer", "lr", "weight_decay", "batch_size", "accumulate", "epochs")
-COLUMNS += ("warmup", "schedule_epochs", "clip", "source", "k0", "k_end", "mix_weight")
-# careful: the released code adds up the gradients of accumulated batches where we average them. So
-# lr is its own times `accumulate` (SGD), weight_decay its own over `accumulate` (SGD, Adam).
-# No numbers were published for psicov's k0 and k_end (here darcy's), nor any for PDEs (here ORCA's
-# training with the k0, k_end and w of the tasks of the same kind).
-ROWS = {
-    "cifar100": ("sgd", 3.2e-3, 1e-3 / 32, 1024, 32, 60, 5 / 200, 200, 0.0)
-    + ("cifar10", 2000, 525, 1.0),
-    "spherical": ("adamw", 1e-4, 0.1, 128, 8, 60, 5 / 60, 60, 0.0)
-    + ("tiny_imagenet", 2000, 525, 1.0),
-    "darcy": ("adamw", 1e-3, 5e-3, 4, 1, 100, 5 / 100, 100, 0.0, "voc", 1000, 505, 0.3),
-    "psicov": ("adam", 5e-6, 1e-5 / 32, 32, 32, 10, 5 / 100, 100, 0.0, "voc", 1000, 505, 0.3),
-    "cosmic": ("adamw", 1e-3, 0.0, 4, 1, 60, 5 / 60, 60, 0.0, "voc", 500, 8, 0.3),
-    "ninapro": ("adam", 1e-4, 1e-5 / 2, 32, 2, 60, 5 / 60, 60, 1.0, "cifar10", 2000, 525, 1.0),
-    "fsd50k": ("adam", 3e-5, 5e-5, 32, 1, 100, 5 / 100, 100, 0.0, "cifar10", 2000, 515, 1.0),
-    "ecg": ("adamw", 3e-5, 0.1, 64, 1, 15, 5 / 200, 200, 0.0, "conll2003", 32, 2, 0.1),
-    "satellite": ("adamw", 3e-5, 3e-6, 64, 1, 60, 5 / 60, 60, 0.0, "conll2003", 32, 0, 0.1),
-    "deepsea": ("adam", 1e-5, 0.0, 16, 1, 25, 10 / 25, 25, 1.0, "conll2003", 32, 1, 0.1),
-    "advection": ("adam", 1e-4, 1e-5, 4, 1, 200, 5 / 200, 200, 1.0, "conll2003", 32, 0, 0.1),
-    "burgers": ("adam", 1e-5, 1e-5, 4, 1, 200, 5 / 200, 200, 1.0, "conll2003", 32, 0, 0.1),
-    "diffusion_reaction_1d": ("sgd", 1e-3, 1e-5, 4, 1, 200, 5 / 200, 200, 1.0)
-    + ("conll2003", 32, 0, 0.1),
-    "diffusion_sorption": ("adamw", 1e-4, 0.0, 4, 1, 200, 5 / 200, 200, 1.0)
-    + ("conll2003", 22, 0, 0.1),
-    "navier_stokes_1d": ("adamw", 1e-4, 1e-3, 4, 1, 200, 5 / 200, 200, 1.0)
-    + ("conll2003", 32, 0, 0.1),
-    "darcy_2d": ("adamw", 1e-4, 1e-5, 4, 1, 100, 5 / 200, 200, 0.0, "voc", 1000, 505, 0.3),
-    "shallow_water": ("adamw", 1e-4, 0.0, 4, 1, 200, 10 / 200, 200, 1.0, "voc", 1000, 505, 0.3),
-    "diffusion_reaction_2d": ("adam", 1e-4, 1e-3, 4, 1, 200, 5 / 200, 200, 1.0)
-    + ("voc", 1000, 505, 0.3),
+# The published settings: ORCA's but for these. k0, k_end and w are the source's share in training.
+BODY = {True: {"body": bodies.ROBERTA_BASE}, False: {"body": bodies.SWIN_BASE}}
+CLASSES = {"k0": 2000, "k_end": 525, "mix_weight": 1.0}  # images with classes or labels
+FIELDS = {"k0": 1000, "k_end": 505, "mix_weight": 0.3, "source": "voc"}  # images with dense targets
+TEXT = {"k0": 32, "k_end": 0, "mix_weight": 0.1}  # series
+PARE = {
+    "cifar100": CLASSES,
+    "spherical": CLASSES | {"source": "tiny_imagenet", "accumulate": 8},
+    "darcy": FIELDS,
+    "psicov": FIELDS,  # k0 and k_end were not published
+    "cosmic": FIELDS | {"k0": 500, "k_end": 8},
+    "ninapro": CLASSES | {"accumulate": 2, "weight_decay": 1e-5 / 2},
+    "fsd50k": CLASSES | {"lr": 3e-5, "k_end": 515},
+    "ecg": TEXT
+    | {"optimizer": "adamw", "lr": 3e-5, "weight_decay": 0.1, "accumulate": 1, "k_end": 2},
+    "satellite": TEXT | {"accumulate": 1},
+    "deepsea": TEXT | {"epochs": 25, "k_end": 1},
+    # PaRe's settings for PDEs were not published: those of the same kind of task
+    **dict.fromkeys(("advection", "burgers", "diffusion_reaction_1d", "navier_stokes_1d"), TEXT),
+    "diffusion_sorption": TEXT | {"k0": 22},  # of 32 patches
+    **dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), FIELDS),
 }
-SERIES = ("ecg", "satellite", "deepsea", *tasks.PDES[:5])
-OWN = {"ecg": {"patches": 64}, "diffusion_reaction_1d": {"momentum": 0.99, "patches": 256}}
-OWN |= {"diffusion_sorption": {"patches": 32}, "navier_stokes_1d": {"patches": 128}}
 PRESETS = {
-    task: (PAPER_1D if task in SERIES else PAPER_2D)
-    | {"published": task in tasks.PDES}
-    | dict(zip(COLUMNS, row, strict=True))
-    | OWN.get(task, {})
-    for task, row in ROWS.items()
+    task: row | BODY[task in papers.SERIES] | {"lam": "k/N"} | PARE[task]
+    for task, row in papers.ORCA.items()
 }
 
 

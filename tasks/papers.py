@@ -1,0 +1,51 @@
+"""What ORCA's authors trained each task with (their released settings); PaRe's differ in a few.
+
+A row is a dict of fields of orca.Config. careful: the released code adds up the gradients of
+accumulated batches where we average them. So lr is its own times `accumulate` (SGD), weight_decay
+its own over `accumulate` (SGD, Adam).
+"""
+
+from tasks import PDES
+
+COLUMNS = ("optimizer", "lr", "weight_decay", "batch_size", "accumulate", "epochs")
+COLUMNS += ("warmup", "schedule_epochs", "clip", "align_lr")  # warmup: of schedule_epochs
+ROWS = {
+    "cifar100": ("sgd", 3.2e-3, 1e-3 / 32, 1024, 32, 60, 5 / 200, 200, 0.0, 1e-3),
+    "spherical": ("adamw", 1e-4, 0.1, 128, 4, 60, 5 / 60, 60, 0.0, 1e-3),
+    "darcy": ("adamw", 1e-3, 5e-3, 4, 1, 100, 5 / 100, 100, 0.0, 1e-2),
+    "psicov": ("adam", 5e-6, 1e-5 / 32, 32, 32, 10, 5 / 100, 100, 0.0, 5e-5),
+    "cosmic": ("adamw", 1e-3, 0.0, 4, 1, 60, 5 / 60, 60, 0.0, 1e-2),
+    "ninapro": ("adam", 1e-4, 1e-5, 32, 1, 60, 5 / 60, 60, 1.0, 1e-3),
+    "fsd50k": ("adam", 1e-4, 5e-5, 32, 1, 100, 5 / 100, 100, 0.0, 1e-3),
+    "ecg": ("sgd", 1.6e-5, 0.1 / 16, 64, 16, 15, 5 / 200, 200, 0.0, 1e-5),
+    "satellite": ("adamw", 3e-5, 3e-6, 64, 4, 60, 5 / 60, 60, 0.0, 3e-4),
+    "deepsea": ("adam", 1e-5, 0.0, 16, 1, 13, 10 / 25, 25, 1.0, 1e-4),
+    "advection": ("adam", 1e-4, 1e-5, 4, 1, 200, 5 / 200, 200, 1.0, 1e-3),
+    "burgers": ("adam", 1e-5, 1e-5, 4, 1, 200, 5 / 200, 200, 1.0, 1e-4),
+    "diffusion_reaction_1d": ("sgd", 1e-3, 1e-5, 4, 1, 200, 5 / 200, 200, 1.0, 1e-2),
+    "diffusion_sorption": ("adamw", 1e-4, 0.0, 4, 1, 200, 5 / 200, 200, 1.0, 1e-3),
+    "navier_stokes_1d": ("adamw", 1e-4, 1e-3, 4, 1, 200, 5 / 200, 200, 1.0, 1e-3),
+    "darcy_2d": ("adamw", 1e-4, 1e-5, 4, 1, 100, 5 / 200, 200, 0.0, 1e-3),
+    "shallow_water": ("adamw", 1e-4, 0.0, 4, 1, 200, 10 / 200, 200, 1.0, 1e-3),
+    "diffusion_reaction_2d": ("adam", 1e-4, 1e-3, 4, 1, 200, 5 / 200, 200, 1.0, 1e-3),
+}
+OWN = {"psicov": {"align_samples": 64}, "ninapro": {"align_epochs": 100}}
+OWN |= {"ecg": {"momentum": 0.99, "patches": 64}, "deepsea": {"align_samples": 64}}
+OWN |= {"diffusion_reaction_1d": {"momentum": 0.99, "patches": 256}}
+OWN |= {"diffusion_sorption": {"patches": 32}, "navier_stokes_1d": {"patches": 128}}
+
+SERIES = ("ecg", "satellite", "deepsea", *PDES[:5])
+ALL = {"data": "real", "beta2": 0.98, "align_epochs": 60, "align_steps_per_epoch": 1}
+ALL |= {"align_drop": 20, "align_samples": 128, "source_size": 5000}
+KIND = {
+    True: {"source": "conll2003", "patches": 512},
+    False: {"source": "cifar10", "patches": 3136},
+}
+ORCA = {
+    task: ALL
+    | KIND[task in SERIES]
+    | {"published": task in PDES}
+    | dict(zip(COLUMNS, row, strict=True))
+    | OWN.get(task, {})
+    for task, row in ROWS.items()
+}
