@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["orca", "pare"]
+SCRIPTS = ["orca", "pare", "proposed"]
 GOOD = {
     "x_train": np.zeros((8, 20), np.float32),
     "y_train": np.array([0, 1] * 4),
@@ -161,7 +161,7 @@ def test_a_file_that_is_no_npz(content, tmp_path, capsys):
 
 def test_importing_a_script_does_nothing_and_loads_little():
     heavy = "transformers timm ot matplotlib scipy torchvision tokenizers"
-    code = f"import sys, orca, pare; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    code = f"import sys, orca, pare, proposed; print([m for m in '{heavy}'.split() if m in sys.modules])"
     done = shell("-c", code)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 

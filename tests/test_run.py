@@ -89,28 +89,36 @@ def test_a_run_broken_after_any_save_goes_on_to_the_same_end(
     assert outcome(out) == outcome(unbroken[script])
 
 
+PLACES = {"align": "separability", "train": "update", "validate": "evaluate", "test": "evaluate"}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_and_the_run_goes_on_to_the_same_end(
-    script, signum, unbroken, series, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("place", list(PLACES))
+def test_a_signal_stops_the_run_where_it_can_go_on_to_the_same_end(
+    script, signum, place, unbroken, series, tmp_path, monkeypatch, capsys
 ):
-    out, update, steps = tmp_path / "run", run.update, [0]
+    out, module = tmp_path / "run", importlib.import_module(script)
+    holder = run if place == "train" else module
+    function, calls = getattr(holder, PLACES[place]), [0]
 
     def interrupted(*args):
-        steps[0] += 1
-        if steps[0] == 6:  # in the middle of the second epoch
+        calls[0] += place not in ("validate", "test") or args[1] == place.replace("validate", "val")
+        if calls[0] == {"align": 2, "train": 6, "validate": 2, "test": 1}[place]:
+            calls[0] += 1  # once only
             os.kill(os.getpid(), signum)
-        return update(*args)
+        return function(*args)
 
-    module = importlib.import_module(script)
     argv = [x for k, v in SHORT.items() for x in ("--" + k.replace("_", "-"), str(v))]
     argv += ["--task", str(series), "--align", "mmd", "--out", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr(run, "update", interrupted)
+        patch.setattr(holder, PLACES[place], interrupted)
         assert module.cli(argv) == 128 + signum
     assert "interrupted; --resume goes on" in capsys.readouterr().err
     state = run._read_state(out / "last.pt", {})
-    assert state["stage"] == "finetune" and state["batch"] > 0 and steps[0] == 6
+    if place != "test":
+        assert state["stage"] == ("align" if place == "align" else "finetune")
+    assert (state["batch"] > 0) == (place == "train") and not (out / "result.json").exists()
     assert module.cli([*argv, "--resume"]) == 0
     assert outcome(out) == outcome(unbroken[script])
 
@@ -401,22 +409,21 @@ def test_tracking_gets_every_epoch(series, tmp_path, monkeypatch):
 # ---- killed at random times ----
 
 
-def killed_and_resumed(script, series, out, rng, unbroken_s):
+def killed_and_resumed(script, series, out, rng, whole_s, processes):
     """Start, kill at a random time, resume, until it is done. Returns how often it was killed."""
     argv = [x for k, v in SHORT.items() for x in ("--" + k.replace("_", "-"), str(v))]
     argv += ["--task", str(series), "--align", "mmd", "--out", str(out), "--resume"]
-    env, kills = {**os.environ, "OMP_NUM_THREADS": "1"}, 0
+    launch = [*("-m", "torch.distributed.run", "--standalone", "--nproc-per-node"), str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / f"{script}.py")]
+    how = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "start_new_session": True}
+    kills = 0
     while True:
-        job = subprocess.Popen(
-            [sys.executable, str(ROOT / f"{script}.py"), *argv],
-            env=env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        job = subprocess.Popen([*command, *argv, "--device", "cpu"], **how, **pipes)
         try:
-            _, errors = job.communicate(timeout=rng.uniform(0.5, 1.0) * unbroken_s)
+            _, errors = job.communicate(timeout=rng.uniform(0.5, 1.2) * whole_s)
         except subprocess.TimeoutExpired:
-            job.kill()
+            os.killpg(job.pid, signal.SIGKILL)
             job.communicate()
             kills += 1
             continue
@@ -425,14 +432,15 @@ def killed_and_resumed(script, series, out, rng, unbroken_s):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_at_random_times_a_run_ends_the_same(script, unbroken, series, tmp_path):
-    rng, kills = random.Random(0), 0
-    start = time.time()
-    killed_and_resumed(script, series, tmp_path / "whole", random.Random(1), 1e6)
-    whole_s = time.time() - start
-    number = int(os.environ.get("KILLS", 3))
-    while kills < number:
+def test_killed_at_random_times_a_run_ends_the_same(script, processes, series, tmp_path):
+    """KILLS=20 makes it 20 kills a script (and 5 with two processes) instead of 2 (and 1)."""
+    rng, kills, start = random.Random(0), 0, time.time()
+    killed_and_resumed(script, series, tmp_path / "whole", rng, 1e6, processes)
+    whole_s, number = time.time() - start, int(os.environ.get("KILLS", 2))
+    while kills < (number if processes == 1 else max(1, number // 4)):
         out = tmp_path / f"run-{kills}"
-        kills += max(1, killed_and_resumed(script, series, out, rng, whole_s))
+        kills += killed_and_resumed(script, series, out, rng, whole_s, processes)
         assert outcome(out) == outcome(tmp_path / "whole")
+    print(f"\n{script}, {processes} process(es): killed {kills} times")
