@@ -120,6 +120,7 @@ EPOCHS |= {"ninapro": 12, "fsd50k": 12, "ecg": 15, "deepsea": 6}
 EPOCHS |= dict.fromkeys(tasks.PDES, 30)
 EPOCHS |= dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), 20)
 PATCHES = {"cosmic": 1024, "ecg": 50, "deepsea": 50}
+ALIGN_SAMPLES = {"psicov": 96}  # of 57 channels: more would take longer than stage 3
 # An image's f^t starts as the body's own embedder: larger steps undo more than they align.
 ALIGN_LR = {2: 1e-3, 3: 1e-4}  # by the length of x_shape
 
@@ -131,6 +132,7 @@ def configure(**given) -> Config:
     """Defaults < preset of the task, with paper=True < what is given."""
     task, paper = given.get("task", "satellite"), given.get("paper")
     embedded = {"epochs": EPOCHS.get(task, Config.epochs), "patches": PATCHES.get(task, 0)}
+    embedded |= {"align_samples": ALIGN_SAMPLES.get(task, Config.align_samples)}
     if paper and task not in PRESETS:
         raise ValueError(f"--paper has no settings for '{task}'; it has {', '.join(PRESETS)}")
     return Config(**{**(PRESETS[task] if paper else embedded), **given})

@@ -133,6 +133,7 @@ EPOCHS |= {"ninapro": 8, "fsd50k": 8, "ecg": 10, "deepsea": 4}
 EPOCHS |= dict.fromkeys(tasks.PDES, 20)
 EPOCHS |= dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), 13)
 PATCHES = {"cosmic": 1024, "ecg": 50, "deepsea": 50}
+ALIGN_SAMPLES = {"psicov": 96}
 ALIGN_LR = {2: 1e-3, 3: 1e-4}  # by the length of x_shape, as in orca.py
 
 # The published settings: ORCA's but for these. k0, k_end and w are the source's share in training.
@@ -168,6 +169,7 @@ def configure(**given) -> Config:
     """Defaults < preset of the task, with paper=True < what is given."""
     task, paper = given.get("task", "satellite"), given.get("paper")
     embedded = {"epochs": EPOCHS.get(task, Config.epochs), "patches": PATCHES.get(task, 0)}
+    embedded |= {"align_samples": ALIGN_SAMPLES.get(task, Config.align_samples)}
     if paper and task not in PRESETS:
         raise ValueError(f"--paper has no settings for '{task}'; it has {', '.join(PRESETS)}")
     return Config(**{**(PRESETS[task] if paper else embedded), **given})

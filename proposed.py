@@ -162,6 +162,7 @@ EPOCHS |= {"ninapro": 11, "fsd50k": 11, "ecg": 13, "deepsea": 5}
 EPOCHS |= dict.fromkeys(tasks.PDES, 27)
 EPOCHS |= dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), 18)
 PATCHES = {"cosmic": 1024, "ecg": 50, "deepsea": 50}
+ALIGN_SAMPLES = {"psicov": 96}
 ALIGN_LR = {2: 1e-3, 3: 1e-4}  # by the length of x_shape, as in orca.py
 
 # The slides give no numbers for the real data: these are ORCA's.
@@ -174,6 +175,7 @@ def configure(**given) -> Config:
     """Defaults < preset of the task, with paper=True < what is given."""
     task, paper = given.get("task", "satellite"), given.get("paper")
     embedded = {"epochs": EPOCHS.get(task, Config.epochs), "patches": PATCHES.get(task, 0)}
+    embedded |= {"align_samples": ALIGN_SAMPLES.get(task, Config.align_samples)}
     if paper and task not in PRESETS:
         raise ValueError(f"--paper has no settings for '{task}'; it has {', '.join(PRESETS)}")
     return Config(**{**(PRESETS[task] if paper else embedded), **given})
