@@ -6,19 +6,23 @@ twins, CamemBERT and XLM-RoBERTa), a SwinTransformer or VisionTransformer of tim
 width and depth. The methods take their embedders and g out of it.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tasks import download
+
 FOLDER = Path(__file__).resolve().parent
 TINY = {2: "tiny_roberta", 3: "tiny_swin"}  # len(x_shape): the body that comes with the project
 PATCHES = {2: 32, 3: 256}  # and how many patches suit it
 ROBERTA_BASE = "FacebookAI/roberta-base@e2da8e2f811d1448a5b465c236feacd80ffbac7b"
 SWIN_BASE = "swin_base_patch4_window7_224.ms_in22k"  # its bare name would be another checkpoint
+SIZES = {"FacebookAI/roberta-base": 0.50e9, f"timm/{SWIN_BASE}": 0.44e9}  # bytes to download
 ROBERTAS = ("roberta", "xlm-roberta", "camembert")  # of one and the same form
 
 
@@ -36,7 +40,7 @@ def load_body(
             often 16 x 16): sets the size they are brought to.
     Returns: the model, without dropout; for series a function from texts to lists of token ids,
         for images None.
-    Raises: ValueError if there is no such body, or it is of another kind.
+    Raises: ValueError if there is no such body, it cannot be had, or it is of another kind.
     """
     wanted = name.removeprefix("random:")
     untrained = wanted != name
@@ -49,17 +53,69 @@ def load_body(
             f"folder, or a hub name such as "
             f"{'FacebookAI/roberta-base' if series else 'swin_base_patch4_window7_224.ms_in22k'}"
         )
+    problem = ""
     try:
-        if series:
-            return _roberta(place, untrained)
-        return _vision(place, untrained, patches), None
+        with contextlib.ExitStack() as stack:
+            if not folders and (series or not untrained or "/" in wanted):
+                problem = stack.enter_context(_hub())
+            if series:
+                return _roberta(place, untrained)
+            return _vision(place, untrained, patches), None
     except (OSError, ValueError, RuntimeError, AssertionError, TypeError, KeyError) as error:
+        if problem and isinstance(error, OSError):
+            repository, _ = _address(wanted)
+            size = download.bytes_of(None if untrained else SIZES.get(repository))
+            raise ValueError(
+                f"--body {name} is not on this machine ({size}, https://huggingface.co/"
+                f"{repository}), and cannot be had: {problem}; go online once, or run with "
+                f"--body {TINY[len(x_shape)]}, which needs no download"
+            ) from None
         reason = str(error).split("\n")[0]
         holds = "config.json, model.safetensors" + (" and a tokenizer" if series else "")
         raise ValueError(
             f"--body {name} cannot be loaded ({reason}); give a folder that holds {holds}, or go "
             "online for a hub name"
         ) from error
+
+
+@contextlib.contextmanager
+def _hub() -> Iterator[str]:
+    """Inside, the libraries ask the hub if it can be reached, else take what they have of earlier.
+
+    Left alone, they would try again for up to a minute. Gives the reason; "" if it can be reached.
+    """
+    from huggingface_hub import constants
+
+    before, problem = constants.HF_HUB_OFFLINE, ""
+    if before:
+        problem = "HF_HUB_OFFLINE is set"
+    elif constants.ENDPOINT.startswith("https://"):  # else it is a mirror nearby
+        try:
+            download._reach(constants.ENDPOINT)
+        except download.Unavailable as error:
+            problem = str(error)
+    constants.HF_HUB_OFFLINE = before or bool(problem)
+    try:
+        yield problem
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _address(name: str) -> tuple[str, str | None]:
+    """Where a hub has the body: the repository; the revision asked for, if any."""
+    repository, _, revision = name.partition("@")
+    return repository if "/" in repository else f"timm/{repository}", revision or None
+
+
+def _commit(repository: str, revision: str | None = None) -> str | None:
+    """The commit of a hub's files that were loaded: their folder in the cache is named by it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
+        path = try_to_load_from_cache(repository, name, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent.name
+    return None
 
 
 def _timm_knows(name: str) -> bool:
@@ -73,7 +129,8 @@ def _roberta(place: str, untrained: bool) -> tuple[nn.Module, Callable]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    name, _, revision = (place, "", "") if Path(place).is_dir() else place.partition("@")
+    local = Path(place).is_dir()
+    name, revision = (place, None) if local else _address(place)
     which = {"revision": revision} if revision else {}
     config = AutoConfig.from_pretrained(name, **which)
     if config.model_type not in ROBERTAS:
@@ -85,6 +142,7 @@ def _roberta(place: str, untrained: bool) -> tuple[nn.Module, Callable]:
         model = AutoModel.from_config(**kind)
     else:
         model = AutoModel.from_pretrained(name, **kind, **which)
+    model.commit = None if local else _commit(name, revision)
 
     def tokenize(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -97,7 +155,8 @@ def _vision(place: str, untrained: bool, patches: int) -> nn.Module:
     from timm.models.swin_transformer import SwinTransformer
     from timm.models.vision_transformer import VisionTransformer
 
-    if Path(place).is_dir():
+    local, name = Path(place).is_dir(), place
+    if local:
         place = f"local-dir:{place}"
     elif "/" in place:
         place = f"hf-hub:{place}"
@@ -114,6 +173,9 @@ def _vision(place: str, untrained: bool, patches: int) -> nn.Module:
         drop_path_rate=0.0,
         img_size=kind.patch_embed.patch_size[0] * math.isqrt(patches),
     )
+    if not local and not untrained:  # a name without a tag is completed by timm
+        where = _address(name if "/" in name else model.pretrained_cfg.get("hf_hub_id") or name)
+        model.commit = _commit(*where)
     return spread(model) if untrained else model
 
 
@@ -129,11 +191,13 @@ def spread(model: nn.Module) -> nn.Module:
 
 
 def describe(model: nn.Module) -> dict:
-    """What rebuild() needs to know, as plain data."""
+    """What rebuild() needs to know, as plain data; and the commit of a body from a hub."""
+    commit = {"commit": getattr(model, "commit", None)}
     if hasattr(model, "encoder"):
-        return {"library": "transformers", "config": model.config.to_dict()}
+        return {"library": "transformers", "config": model.config.to_dict(), **commit}
     sizes = {key: value for key, value in model._model_args.items() if key != "num_classes"}
-    return {"library": "timm", "name": model.pretrained_cfg["architecture"], "sizes": sizes}
+    name = model.pretrained_cfg["architecture"]
+    return {"library": "timm", "name": name, "sizes": sizes, **commit}
 
 
 def rebuild(saved: dict) -> nn.Module:
