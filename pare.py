@@ -139,7 +139,8 @@ ALIGN_LR = {2: 1e-3, 3: 1e-4}  # by the length of x_shape, as in orca.py
 # The published settings: ORCA's but for these. k0, k_end and w are the source's share in training.
 BODY = {True: {"body": bodies.ROBERTA_BASE}, False: {"body": bodies.SWIN_BASE}}
 CLASSES = {"k0": 2000, "k_end": 525, "mix_weight": 1.0}  # images with classes or labels
-FIELDS = {"k0": 1000, "k_end": 505, "mix_weight": 0.3, "source": "voc"}  # images with dense targets
+FIELDS = {"k0": 1000, "k_end": 505, "mix_weight": 0.3}  # images with dense targets
+FIELDS |= {"source": "voc", "source_size": 1464}  # all images of its training set that have masks
 TEXT = {"k0": 32, "k_end": 0, "mix_weight": 0.1}  # series
 PARE = {
     "cifar100": CLASSES,
@@ -147,7 +148,8 @@ PARE = {
     "darcy": FIELDS,
     "psicov": FIELDS,  # k0 and k_end were not published
     "cosmic": FIELDS | {"k0": 500, "k_end": 8},
-    "ninapro": CLASSES | {"accumulate": 2, "weight_decay": 1e-5 / 2},
+    "ninapro": CLASSES
+    | {"accumulate": 2, "weight_decay": 1e-5 / 2, "clip": 0.5},  # of a sum of two
     "fsd50k": CLASSES | {"lr": 3e-5, "k_end": 515},
     "ecg": TEXT
     | {"optimizer": "adamw", "lr": 3e-5, "weight_decay": 0.1, "accumulate": 1, "k_end": 2},

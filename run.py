@@ -305,10 +305,11 @@ def parts(batch, number: int, device: torch.device) -> Iterator[tuple[Tensor, Te
 
 
 def split(dataset) -> DataLoader:
-    """This process' share of a data set, in order, for evaluation."""
+    """This process' share of a data set, in order, for evaluation, large samples a few at once."""
+    size = max(1, min(256, 2**26 // dataset[0][0].numel()))
     if world() > 1:
         dataset = Subset(dataset, share(range(len(dataset))))
-    return DataLoader(dataset, 256)
+    return DataLoader(dataset, size)
 
 
 def rate(step: int, steps: int, warmup: float) -> float:

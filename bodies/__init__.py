@@ -91,7 +91,7 @@ def _hub() -> Iterator[str]:
         problem = "HF_HUB_OFFLINE is set"
     elif constants.ENDPOINT.startswith("https://"):  # else it is a mirror nearby
         try:
-            download._reach(constants.ENDPOINT)
+            download.reach(constants.ENDPOINT)
         except download.Unavailable as error:
             problem = str(error)
     constants.HF_HUB_OFFLINE = before or bool(problem)

@@ -117,7 +117,7 @@ def fetch(root: Path, name: str, remote: Remote, instead: str = SIMULATE) -> Pat
     if _Switch.off:
         raise FileNotFoundError(f"no file {path} ({remote}, {remote.url})")
     try:
-        _reach(remote.url)
+        reach(remote.url)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent):
             if not path.exists():  # another process may have fetched it meanwhile
@@ -352,7 +352,7 @@ def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         raise (Unavailable if untrusted else Cut)(_reason(error)) from None
 
 
-def _reach(url: str) -> None:
+def reach(url: str) -> None:
     """Raise Unavailable unless the server, or the proxy to it, can be connected to in CONNECT_S.
 
     In a thread, since to look up a name takes as long as it pleases where there is no network.

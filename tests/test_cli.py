@@ -161,7 +161,8 @@ def test_a_file_that_is_no_npz(content, tmp_path, capsys):
 
 def test_importing_a_script_does_nothing_and_loads_little():
     heavy = "transformers timm ot matplotlib scipy torchvision tokenizers"
-    code = f"import sys, orca, pare, proposed; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    code = f"import sys, orca, pare, proposed; heavy = '{heavy}'.split()"
+    code += "; print([m for m in heavy if m in sys.modules])"
     done = shell("-c", code)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
