@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import bodies
 import orca
 import pare
+import proposed
 import tasks
 
 
@@ -305,11 +306,13 @@ def test_validation_held_out_of_a_varying_set_is_fixed(monkeypatch):
 
 @pytest.mark.parametrize("axes", [1, 2])
 @pytest.mark.parametrize("kind", list(OWN))
-@pytest.mark.parametrize("method", [orca, pare], ids=lambda m: m.METHOD)
+@pytest.mark.parametrize("method", [orca, pare, proposed], ids=lambda m: m.METHOD)
 def test_every_kind_runs_and_its_loss_falls(method, kind, axes, file, tmp_path):
     small = {"epochs": 3, "source_size": 60, "batch_size": 16, "out": str(tmp_path / "run")}
     if method is orca:
         small |= {"align_epochs": 1, "align_steps_per_epoch": 1, "align_samples": 32}
+    if method is proposed:
+        small |= {"contrast_epochs": 1, "contrast_steps_per_epoch": 2, "contrast_batch": 40}
     task = tasks.load_task(file(axes, kind))
     result = method.main(method.configure(task=file(axes, kind), **small))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -360,7 +363,7 @@ SMALL = {"train": 40, "val": 30, "test": 30}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [orca, pare], ids=lambda m: m.METHOD)
+@pytest.mark.parametrize("method", [orca, pare, proposed], ids=lambda m: m.METHOD)
 @pytest.mark.parametrize("name", tasks.NAMES)
 def test_every_task_runs_with_every_method(name, method, tmp_path, monkeypatch):
     module = importlib.import_module(f"tasks.{name}")
@@ -368,6 +371,8 @@ def test_every_task_runs_with_every_method(name, method, tmp_path, monkeypatch):
     common = {"task": name, "epochs": 1, "source_size": 40, "out": str(tmp_path / "run")}
     if method is orca:
         common |= {"align_epochs": 1, "align_steps_per_epoch": 1, "align_samples": 24}
+    if method is proposed:
+        common |= {"contrast_epochs": 1, "contrast_steps_per_epoch": 1, "contrast_batch": 40}
     result = method.main(method.configure(**common))
     assert (result["task"], result["train_size"]) == (name, 40)
     assert result["metric"] == module.TASK["metric_name"] and np.isfinite(result["test_error"])
