@@ -682,7 +682,9 @@ def kept_by_jacobian(h: Callable, d: Tensor, noisy: Tensor, C: Tensor | float, s
         soft: exp(-change^2 / (2 C^2)), for outputs without labels; else 1 - change / C, cut to
             [0, 1], as slide 36 has it.
     """
-    _, change = torch.func.jvp(h, (d.detach(),), ((noisy - d).detach(),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch.func, about itself
+        _, change = torch.func.jvp(h, (d.detach(),), ((noisy - d).detach(),))
     ratio = change.norm(dim=1).detach() / torch.as_tensor(C).detach().clamp(min=1e-12)  # 0: clean
     return torch.exp(-(ratio**2) / 2) if soft else (1 - ratio).clamp(0, 1)  # (N5)
 

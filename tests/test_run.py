@@ -188,6 +188,7 @@ def damaged(content: bytes) -> list[tuple[str, bytes]]:
     return [*found, ("no archive", run.sealed(b"{}"))]
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(
     unbroken, series, tmp_path, monkeypatch, capsys
 ):
