@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# The long form of the fault tests: 60 kills of single processes, 15 of pairs, 5000 damaged pickles, 200
+# random inputs of otdd and mmd; the short form is in the default test run. About an hour on two cores.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+KILLS=20 pytest -m "slow or not slow" -s tests/test_run.py tests/test_faults.py tests/test_otdd.py tests/test_mmd.py
