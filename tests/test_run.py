@@ -450,7 +450,7 @@ def killed_and_resumed(script, series, out, rng, whole_s, processes):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_random_times_a_run_ends_the_same(script, processes, series, tmp_path):
-    """KILLS=20: 20 kills a script and 5 with two processes, instead of 2, and 1 with two of PaRe."""
+    """KILLS=20: 20 kills a script, 5 with two processes, instead of 2, and 1 with two of PaRe."""
     if processes == 2 and script != "pare" and "KILLS" not in os.environ:
         pytest.skip("two processes of one script, unless KILLS is set")
     rng, kills, start = random.Random(0), 0, time.time()
