@@ -398,6 +398,24 @@ def test_predictions_of_a_finished_run(script, unbroken, series, tmp_path, capsy
     assert not (tmp_path / "z.npy").exists()
 
 
+def test_settings_of_the_device_are_set_and_set_back(series, tmp_path):
+    for on in (True, False):
+        cfg = config("orca", series, tmp_path, tf32=on, deterministic=on, device="cpu", seed=3)
+        assert run.start(cfg) == torch.device("cpu") and torch.initial_seed() == 3
+        tf32 = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+        assert tf32 == (on, on) and torch.are_deterministic_algorithms_enabled() == on
+    loader = run.batches(range(10), config("orca", series, tmp_path, workers=2), seed=0)
+    assert loader.num_workers == 2
+
+
+def test_a_compiled_body_is_asked_for(series, tmp_path, monkeypatch):
+    """Compiling itself takes a minute; that g is compiled is what the flag does."""
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    main("orca", config("orca", series, tmp_path / "run", align="none", epochs=1, compile=True))
+    assert compiled == ["SeriesBody"]
+
+
 def test_all_settings_can_be_printed(capsys):
     assert importlib.import_module("orca").cli(["--paper", "--print-config"]) == 0
     cfg = json.loads(capsys.readouterr().out)
