@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -180,5 +181,134 @@ def study() -> str:
     return "\n".join(lines)
 
 
+PARE = {
+    "nft": "NFT: no source at all",
+    "orca": "ORCA (OTDD)",
+    "default": "PaRe as it comes",
+    "full-epochs": "PaRe, as many epochs as NFT",
+    "gumbel": "`--select gumbel`",
+    "gate-random": "`--gate random`",
+    "gate-none": "`--gate none`",
+    "highest": "`--replace highest`",
+    "lam": "`--lam k/N`",
+    "k0-few": "`--k0`: 35 % of the patches",
+    "k0-all": "`--k0`: all patches",
+    "w-0.1": "`--mix-weight 0.1`",
+    "w-1": "`--mix-weight 1`",
+    "no-labels": "`--source-labels off`",
+    "mix-alone": "`--plain-target-loss off`",
+}
+TRIPLE = ("satellite", "ninapro", "darcy")
+
+
+def pare_rows() -> dict[tuple[str, str], dict[str, float]]:
+    """{(setting, task): {seed: error}}, of results/pare_ablation.sh and of results/study.sh."""
+    errors: dict[tuple[str, str], dict[str, float]] = {}
+    names = {"none": "nft", "otdd": "orca", "pare": "default"}
+    for row in [*rows("study.csv"), *rows("pare_ablation.csv")]:
+        folder, name = row["command"].split("--out runs/")[1].split()[0].split("/")
+        setting = name.removeprefix(row["task"] + "-").rsplit("-", 1)[0]
+        setting = names.get(setting) if folder == "study" else setting
+        if setting:
+            errors.setdefault((setting, row["task"]), {})[row["seed"]] = float(row["test_error"])
+    return errors
+
+
+def spread(errors: list[float]) -> str:
+    """Mean and standard deviation; the number of seeds where it is not three."""
+    if not errors:
+        return "-"
+    if len(errors) == 1:
+        return f"{errors[0]:.3f} (1 seed)"
+    more = "" if len(errors) == 3 else f" ({len(errors)} seeds)"
+    return f"{statistics.mean(errors):.3f} ± {statistics.stdev(errors):.3f}{more}"
+
+
+def pare_ablation() -> str:
+    """What each choice of PaRe is worth."""
+    errors = pare_rows()
+    lines = [
+        "| setting | satellite (series) | ninapro (image) | darcy (field) |",
+        "|---|---|---|---|",
+    ]
+    for setting, name in PARE.items():
+        cells = [spread(list(errors.get((setting, task), {}).values())) for task in TRIPLE]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+PROPOSED = {
+    "nft": "NFT",
+    "orca": "ORCA (OTDD)",
+    "pare": "PaRe",
+    "default": "the proposal as it comes",
+    "no-contrast": "`--contrast none`: without stage 2",
+    "no-noise": "`--sigmas 0`: without stage 1's noise",
+    "outer": "`--contrast outer`",
+    "literal": "`--contrast literal`: the slide's formula",
+    "at-output": "`--contrast-at output`",
+    "no-preserve": "`--preserve none`",
+    "jacobian": "`--preserve jacobian`: the slide's form",
+    "frozen-embedder": "`--finetune frozen-embedder`",
+    "projection": "`--finetune projection`",
+    "encoder": "`--encoder frozen`",
+    "align-otdd": "`--align otdd` before (slide 38)",
+    "align-mmd": "`--align mmd` before (slide 38)",
+}
+FOUR = ("satellite", "advection", "ninapro", "darcy")
+
+
+def proposed() -> str:
+    """What each choice of the proposal is worth: errors, and steps of stage 3."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for row in rows("proposed_ablation.csv"):
+        name = row["command"].split("--out runs/proposed-ablation/")[1].split()[0]
+        setting = name.removeprefix(row["task"] + "-").rsplit("-", 1)[0]
+        found.setdefault((setting, row["task"]), []).append(row)
+    lines = [f"| setting | {' | '.join(FOUR)} | steps |", "|---|---|---|---|---|---|"]
+    for setting, name in PROPOSED.items():
+        groups = [found.get((setting, task), []) for task in FOUR]
+        cells = [spread([float(row["test_error"]) for row in group]) for group in groups]
+        made = [row for group in groups for row in group]
+        size = [int(r["epochs"]) * math.ceil(int(r["train_size"]) / 32) for r in made]
+        cells.append(f"{min(size)} to {max(size)}" if made else "-")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def unrest() -> str:
+    """Gradient norms over the epochs of fine-tuning, of NFT, ORCA and PaRe: level and jumps.
+
+    The level is the mean of the logarithm of an epoch's mean norm, the jumps the mean change of
+    that from one epoch to the next.
+    """
+    names = {"none": "nft", "otdd": "orca", "pare": "default"}
+    runs: dict[tuple[str, str, str], list[float]] = {}
+    for file in ("study_curves.csv", "pare_curves.csv"):
+        for row in rows(file):
+            task, _, rest = row["run"].partition("-")
+            setting, _, seed = rest.rpartition("-")
+            setting = names.get(setting, "") if file == "study_curves.csv" else setting
+            if row["stage"] == "finetune" and setting in ("nft", "orca", "default"):
+                if task in TRIPLE:
+                    runs.setdefault((task, setting, seed), []).append(float(row["grad_norm"]))
+    lines = ["| gradient norm, log10: level; jumps | NFT | ORCA | PaRe |", "|---|---|---|---|"]
+    for task in TRIPLE:
+        cells = []
+        for setting in ("nft", "orca", "default"):
+            level, jumps = [], []
+            for (t, s, _), norms in runs.items():
+                if (t, s) == (task, setting):
+                    logs = [math.log10(n) for n in norms]
+                    level.append(statistics.mean(logs))
+                    jumps.append(
+                        statistics.mean(abs(b - a) for a, b in zip(logs, logs[1:], strict=False))
+                    )
+            cells.append(f"{spread(level)}; {spread(jumps)}")
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(satellite(), crop(), nas_bench(), study(), pdebench(), pde_long(), sep="\n\n")
+    print("", pare_ablation(), unrest(), proposed(), sep="\n\n")

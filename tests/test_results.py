@@ -70,6 +70,7 @@ def test_the_readme_s_tables_are_the_rows_in_results():
     table = script("table")
     assert table.satellite() in text and table.crop() in text and table.nas_bench() in text
     assert table.pdebench() in text and table.pde_long() in text and table.study() in text
+    assert table.pare_ablation() in text and table.unrest() in text and table.proposed() in text
 
 
 def test_pde_errors_are_far_below_the_trivial_predictors():
@@ -146,6 +147,17 @@ def test_replacement_is_faster_than_the_released_loops(capsys, tmp_path):
     bench = script("bench_pare")
     found = bench.of_selection(8, 512, 64, 300, "cpu", slow=True)
     assert found["ours"] < 3 * found["loop"] and 20 * found["ours"] < found["release"]
+
+
+def test_the_rows_on_the_cost_of_pare_are_what_the_readme_says():
+    rows = script("table").rows("bench_pare.csv")
+    time_s = {(row["case"].split(",")[0], row["what"]): float(row["time_s"]) for row in rows}
+    ours = time_s["(32", "ours"]
+    assert time_s["(32", "release"] > 100 * ours and time_s["(32", "loop"] > ours
+    for task in ("satellite", "ninapro"):
+        case = f"step of {task}"
+        assert time_s[case, "pare"] < 2.1 * time_s[case, "plain"]
+        assert time_s[case, "pare"] <= time_s[case, "pare, two passes"]
 
 
 def test_landscape_is_flat_where_the_loss_is_and_gives_the_weights_back(series, tmp_path):
