@@ -361,7 +361,7 @@ def test_paper_settings_are_the_published_ones():
     got = (cfg.data, cfg.source, cfg.epochs, cfg.batch_size, cfg.lr, cfg.weight_decay)
     assert got == ("real", "conll2003", 60, 64, 3e-5, 3e-6)
     assert cfg.body.startswith("FacebookAI/roberta-base@")  # a pinned revision
-    assert (cfg.align_epochs, cfg.align_lr, cfg.align_samples, cfg.clip) == (60, 3e-4, 128, 0.0)
+    assert (cfg.align_epochs, cfg.align_lr, cfg.align_samples, cfg.clip) == (60, 3e-4, 1280, 0.0)
     assert orca.configure(task="satellite", paper=True, epochs=7).epochs == 7
     with pytest.raises(ValueError, match="--paper has no settings for 'mine.npz'"):
         orca.configure(task="mine.npz", paper=True)
