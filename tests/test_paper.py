@@ -457,11 +457,11 @@ def test_the_hub_is_asked_where_it_can_be_reached(monkeypatch):
     """The switch is off inside, and as it was after."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(bodies.download, "_reach", lambda url: None)
+    monkeypatch.setattr(bodies.download, "reach", lambda url: None)
     with bodies._hub() as problem:
         assert problem == "" and not constants.HF_HUB_OFFLINE
     monkeypatch.setattr(constants, "ENDPOINT", "http://mirror.example")  # its own business
-    monkeypatch.setattr(bodies.download, "_reach", lambda url: 1 / 0)
+    monkeypatch.setattr(bodies.download, "reach", lambda url: 1 / 0)
     with bodies._hub() as problem:
         assert problem == "" and not constants.HF_HUB_OFFLINE
 
