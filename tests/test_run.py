@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -190,7 +191,7 @@ def damaged(content: bytes) -> list[tuple[str, bytes]]:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(
-    unbroken, series, tmp_path, monkeypatch, capsys
+    unbroken, series, tmp_path, monkeypatch, record_property
 ):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
@@ -203,6 +204,7 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(
             run._read_state(out / "last.pt", {"method": "orca"})
         assert "\n" not in str(error.value), name
         seen += 1
+    record_property("cases", seen + 1)  # and one that is missing
     assert seen == 35 and not (tmp_path / "evil").exists()
     (out / "last.pt").unlink()
     with pytest.raises(ValueError, match="holds no last.pt to resume from"):
@@ -296,6 +298,48 @@ def test_what_is_not_finite_stops_the_run_and_changes_no_weight(where):
     with pytest.raises(FloatingPointError, match=words):
         run.update(list(model.parameters()), optimizer, schedule, scaler, loss, 1.0)
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("where", ["distance", "loss", "gradient norm"])
+def test_a_run_that_diverges_stops_and_its_checkpoint_stays(
+    script, where, series, tmp_path, monkeypatch, capsys
+):
+    """The distance of the alignment, the loss or a gradient of fine-tuning is NaN, once."""
+    out, module, calls, kept = tmp_path / "run", importlib.import_module(script), [0], []
+    update, distance_to = run.update, module.distance_to
+
+    def bad(call):
+        calls[0] += 1
+        if calls[0] == call:
+            kept.append((out / "last.pt").read_bytes())
+        return calls[0] == call
+
+    def faulty_update(parameters, optimizer, schedule, scaler, loss, clip):
+        if bad(12):
+            if where == "loss":
+                loss = float("nan")
+            else:
+                next(p.grad for p in parameters if p.grad is not None).view(-1)[0] = float("nan")
+        return update(parameters, optimizer, schedule, scaler, loss, clip)
+
+    def faulty_distance(*args):
+        D = distance_to(*args)
+        return lambda *z: D(*z) * (float("nan") if bad(5) else 1)
+
+    argv = [x for k, v in SHORT.items() for x in ("--" + k.replace("_", "-"), str(v))]
+    argv += ["--task", str(series), "--align", "mmd", "--out", str(out)]
+    if where == "distance":
+        monkeypatch.setattr(module, "distance_to", faulty_distance)
+    else:
+        monkeypatch.setattr(run, "update", faulty_update)
+    assert module.cli(argv) == 3
+    said = capsys.readouterr().err
+    told = rf"error: diverged: the {where} is nan at step \d+, learning rate [\d.e-]+;"
+    assert re.search(told, said) and said.count("\n") == 1, said
+    assert (out / "last.pt").read_bytes() == kept[0]
+    state = run._read_state(out / "last.pt", {})
+    assert state["stage"] == ("align" if where == "distance" else "finetune")
 
 
 def test_nan_is_never_the_best(tmp_path):
@@ -467,7 +511,9 @@ def killed_and_resumed(script, series, out, rng, whole_s, processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_at_random_times_a_run_ends_the_same(script, processes, series, tmp_path):
+def test_killed_at_random_times_a_run_ends_the_same(
+    script, processes, series, tmp_path, record_property
+):
     """KILLS=20: 20 kills a script, 5 with two processes, instead of 2, and 1 with two of PaRe."""
     if processes == 2 and script != "pare" and "KILLS" not in os.environ:
         pytest.skip("two processes of one script, unless KILLS is set")
@@ -478,4 +524,4 @@ def test_killed_at_random_times_a_run_ends_the_same(script, processes, series, t
         out = tmp_path / f"run-{kills}"
         kills += killed_and_resumed(script, series, out, rng, whole_s, processes)
         assert outcome(out) == outcome(tmp_path / "whole")
-    print(f"\n{script}, {processes} process(es): killed {kills} times")
+    record_property("cases", kills)  # for results/faults.sh
