@@ -330,8 +330,9 @@ def test_damaged_files_are_one_line_that_names_them(name, fault, valid):
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
-def test_mutated_pickles_never_crash_nor_fill_the_memory(count, tmp_path):
+def test_mutated_pickles_never_crash_nor_fill_the_memory(count, tmp_path, record_property):
     """In a process of its own: a crash of the interpreter would end the tests."""
+    record_property("cases", count)
     code = f"""
 import resource, warnings
 from pathlib import Path

@@ -353,7 +353,8 @@ def test_M1_M2_M3_properties_of_random_samples():
 
 
 @pytest.mark.slow
-def test_M1_M2_M3_properties_of_many_random_samples():
+def test_M1_M2_M3_properties_of_many_random_samples(record_property):
+    record_property("cases", 100)
     for seed in range(20, 120):
         properties(seed)
 

@@ -322,7 +322,8 @@ def test_D1_D2_D3_properties_of_random_data_sets():
 
 
 @pytest.mark.slow
-def test_D1_D2_D3_properties_of_many_random_data_sets():
+def test_D1_D2_D3_properties_of_many_random_data_sets(record_property):
+    record_property("cases", 100)
     for seed in range(20, 120):
         properties(seed)
 
