@@ -139,14 +139,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--data", default="simulated", choices=("simulated", "real"))
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-size", type=int, help="default: all there are")
     parser.add_argument("--csv", type=Path, help="add the rows to this file")
     args = parser.parse_args(argv)
-    task = tasks.load_task(args.task, args.data, args.data_dir, args.seed)
+    task = tasks.load_task(args.task, args.data, args.data_dir, args.seed, args.train_size)
     found = errors(task)
     for name, error in found.items():
         print(f"{name:20} {task.metric_name} {error:.4f}")
     if args.csv:
-        command = f"python results/baselines.py --task {args.task} --seed {args.seed}"
+        size = f" --train-size {args.train_size}" if args.train_size else ""
+        command = f"python results/baselines.py --task {args.task}{size} --seed {args.seed}"
         rows = [
             [name, args.task, args.seed, f"{error:.6f}", command] for name, error in found.items()
         ]

@@ -35,6 +35,14 @@ def steps(run: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def read(path: Path) -> list[dict]:
+    """The rows of a CSV file; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def write(path: Path, rows: list[dict]) -> None:
     """A CSV file with a column for every key of any row."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -52,18 +60,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--curves", type=Path, help="a row for every epoch of every run")
     parser.add_argument("--steps", type=Path, help="a row for every step of every run")
     args = parser.parse_args(argv)
-    rows = {}
-    if args.csv.exists():
-        with args.csv.open(newline="", encoding="utf-8") as file:
-            rows = {old["command"]: old for old in csv.DictReader(file)}
+    rows = {old["command"]: old for old in read(args.csv)}
     finished = [run for run in args.runs if (run / "result.json").exists()]
     for run in finished:
         new = row(run)
         rows[new["command"]] = new
     write(args.csv, list(rows.values()))
-    for path, read in ((args.curves, epochs), (args.steps, steps)):
+    for path, logged in ((args.curves, epochs), (args.steps, steps)):
         if path:
-            write(path, [{"run": run.name, **line} for run in finished for line in read(run)])
+            write(path, [{"run": run.name, **line} for run in finished for line in logged(run)])
 
 
 if __name__ == "__main__":

@@ -106,7 +106,6 @@ COMPARABLE = {
 SHORT = {"NFT (naive fine-tuning)": "NFT", "ORCA (OTDD)": "ORCA", "PaRe": "PaRe"}
 SHORT |= {"copy of the input": "copy", "mean of the targets": "mean field"}
 PDE_COLUMNS = ("copy", "mean field", "linear", "NFT", "ORCA", "PaRe")
-PUBLISHED = ("PINN", "FNO", "U-Net", "ORCA", "PaRe")
 
 
 def digits(error: float) -> str:
@@ -125,17 +124,32 @@ def pde_errors() -> dict[str, dict[str, float]]:
 
 
 def pdebench() -> str:
-    """The eight tasks of PDEBench, solved on the spot, beside the numbers of the slides."""
-    names = [*PDE_COLUMNS, *(f"{name} (slides)" for name in PUBLISHED), "comparable?"]
-    lines = ["| task | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    """The eight tasks of PDEBench, solved on the spot: one seed, a row each, the best in bold."""
+    lines = ["| task | " + " | ".join(PDE_COLUMNS) + " |", "|---" * (1 + len(PDE_COLUMNS)) + "|"]
     for task, errors in pde_errors().items():
         best = min(PDE_COLUMNS, key=lambda c: errors[c])
         cells = [
             f"**{digits(errors[c])}**" if c == best else digits(errors[c]) for c in PDE_COLUMNS
         ]
-        published = importlib.import_module(f"tasks.{task}").TASK["published"]
-        cells += [f"{published[name]:g}" if name in published else "-" for name in PUBLISHED]
-        lines.append(f"| {task} | " + " | ".join([*cells, COMPARABLE[task]]) + " |")
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def published(names: tuple[str, ...], comparable: dict[str, str] | None = None) -> str:
+    """The numbers on the slides, a task a row, the best in bold; none of them is ours."""
+    records = {name: importlib.import_module(f"tasks.{name}").TASK for name in names}
+    columns = list(dict.fromkeys(c for record in records.values() for c in record["published"]))
+    head = ["task", "metric", *columns, *(["same problem as ours?"] if comparable else [])]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, record in records.items():
+        errors = record["published"]
+        cells = [f"{errors[c]:g}" if c in errors else "-" for c in columns]
+        best = min(errors.values())
+        cells = [
+            f"**{x}**" if errors.get(c) == best else x for x, c in zip(cells, columns, strict=True)
+        ]
+        cells += [comparable[name]] if comparable else []
+        lines.append(f"| {name} | {record['metric_name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -309,6 +323,127 @@ def unrest() -> str:
     return "\n".join(lines)
 
 
+# ---- every method on every task ----
+
+ALL = {  # the name of a run in results/all_tasks.py: what the table calls it
+    "scratch": "scratch",
+    "fpt": "FPT",
+    "nft": "NFT",
+    "orca-otdd": "ORCA (otdd)",
+    "orca-otdd-classwise": "ORCA (classwise)",
+    "orca-mmd": "ORCA (mmd)",
+    "pare": "PaRe",
+    "proposed": "proposed",
+}
+SIMPLE = ("trivial", "linear, 1-NN")
+
+
+def all_errors(name: str = "all_tasks.csv") -> dict[str, dict[str, dict[str, float]]]:
+    """{task: {method: {seed: test error}}}; of the simple predictors the best of each kind."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows(name):
+        method = row["method"]
+        if "--out" in row["command"]:
+            run = row["command"].split("--out runs/all-tasks/")[1].split()[0]
+            method = ALL[run.removeprefix(row["task"] + "-").rsplit("-", 1)[0]]
+        else:
+            method = SIMPLE[method in (*LINEAR, "1-NN")]
+        errors = found.setdefault(row["task"], {}).setdefault(method, {})
+        errors[row["seed"]] = min(float(row["test_error"]), errors.get(row["seed"], math.inf))
+    return found
+
+
+def all_tasks() -> str:
+    """Mean over the seeds, standard deviation in brackets; the best method of a row in bold."""
+    columns = [*SIMPLE, *ALL.values()]
+    lines = ["| task | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for task, errors in all_errors().items():
+        means = {c: statistics.mean(errors[c].values()) for c in columns if c in errors}
+        best, cells = min(means, key=means.get), []
+        for c in columns:
+            values = list(errors.get(c, {}).values())
+            text = digits(means[c]) if values else "-"
+            text = f"**{text}**" if c == best else text
+            if len(values) > 1:
+                text += f" ({statistics.stdev(values):.1g})"
+            cells.append(text)
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def against_nft() -> dict[str, list[float]]:
+    """{method: log of its mean error over NFT's, for each task}."""
+    found: dict[str, list[float]] = {}
+    for errors in all_errors().values():
+        seeds = set.intersection(*(set(errors.get(m, {})) for m in ALL.values()))
+        mean = {m: statistics.mean(errors[m][s] for s in seeds) for m in ALL.values() if seeds}
+        for method, error in mean.items():
+            found.setdefault(method, []).append(math.log(error / mean["NFT"]))
+    return found
+
+
+def ranks() -> str:
+    """Average rank over the tasks, error over NFT's, and Wilcoxon's signed-rank test of that.
+
+    The ranks are those of the mean errors over the seeds that all methods have. p is two-sided,
+    over tasks, and corrected for the number of comparisons (Holm).
+    """
+    from scipy import stats
+
+    logs = against_nft()
+    columns = list(zip(*logs.values(), strict=True))  # of each task, in the order of the methods
+    order = [stats.rankdata(column) for column in columns]
+    mean = {m: statistics.mean(r[i] for r in order) for i, m in enumerate(logs)}
+    p = {m: stats.wilcoxon(values).pvalue for m, values in logs.items() if any(values)}
+    holm, largest = {}, 0.0
+    for i, m in enumerate(sorted(p, key=p.get)):
+        largest = max(largest, min(1.0, (len(p) - i) * p[m]))
+        holm[m] = largest
+    lines = [
+        f"| method | average rank of {len(logs)} | error / NFT's, geometric mean "
+        "| better than NFT on | p (Holm) |",
+        "|---|---|---|---|---|",
+    ]
+    for m in sorted(logs, key=mean.get):
+        ratio, wins = math.exp(statistics.mean(logs[m])), sum(v < 0 for v in logs[m])
+        p_text = f"{holm[m]:.2g}" if m in holm else "-"
+        better = f"{wins} of {len(columns)}" if m != "NFT" else "-"
+        lines.append(f"| {m} | {mean[m]:.2f} | {ratio:.3f} | {better} | {p_text} |")
+    return "\n".join(lines)
+
+
+def figure(path: Path) -> None:
+    """Errors over the mean error of NFT, a row a task: mean and range of the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = all_errors()
+    shown = [m for m in ALL.values() if m != "NFT"]
+    fig, ax = plt.subplots(figsize=(9, 0.55 * len(found) + 1.5), layout="constrained")
+    for i, errors in enumerate(found.values()):
+        base = statistics.mean(errors["NFT"].values())
+        for j, method in enumerate(shown):
+            values = [e / base for e in errors.get(method, {}).values()]
+            if values:
+                y, mean = i + 0.8 * (j + 0.5) / len(shown) - 0.4, statistics.mean(values)
+                ax.plot([min(values), max(values)], [y, y], color=f"C{j}", lw=1.2, alpha=0.6)
+                ax.plot(mean, y, "o", color=f"C{j}", ms=4, label=method if i == 0 else None)
+        if i % 2:
+            ax.axhspan(i - 0.5, i + 0.5, color="0.95", zorder=0)
+    ax.axvline(1, color="black", lw=1)
+    ax.set(xscale="log", ylim=(len(found) - 0.5, -0.5), xlabel="test error / mean error of NFT")
+    ax.set_yticks(range(len(found)), list(found))
+    ticks = [0.5, 0.7, 1, 1.5, 2, 3, 5]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    fig.legend(loc="outside upper center", ncols=4, frameon=False)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
 if __name__ == "__main__":
     print(satellite(), crop(), nas_bench(), study(), pdebench(), pde_long(), sep="\n\n")
-    print("", pare_ablation(), unrest(), proposed(), sep="\n\n")
+    print("", pare_ablation(), unrest(), proposed(), all_tasks(), ranks(), sep="\n\n")
+    figure(RESULTS / "all_tasks.png")

@@ -1,7 +1,12 @@
 """The numbers: baselines that are right, rows with their commands, a README that agrees."""
 
+import importlib
 import importlib.util
 import json
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +74,8 @@ def test_the_readme_s_tables_are_the_rows_in_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = script("table")
     assert table.satellite() in text and table.crop() in text and table.nas_bench() in text
+    assert table.published(tasks.NAMES[:10]) in text
+    assert table.published(tasks.NAMES[10:], table.COMPARABLE) in text
     assert table.pdebench() in text and table.pde_long() in text and table.study() in text
     assert table.pare_ablation() in text and table.unrest() in text and table.proposed() in text
 
@@ -223,3 +230,60 @@ def test_landscape_draws_a_plane_of_one_seed_and_measures_all(series, tmp_path):
     assert centre["value"] == pytest.approx(losses["nft-0", "train"], rel=1e-5)
     rises = [row for row in rows if row["what"] == "rise"]
     assert len(rises) == 2 * 2 * len(landscape.RADII) and all(row["error"] > 0 for row in rises)
+
+
+def test_all_tasks_is_every_method_on_every_task_with_every_seed():
+    found = script("all_tasks").commands(list(tasks.NAMES), [0, 1, 2])
+    assert len(set(found)) == len(found) == 18 * (8 + 1) * 3
+    outs = set()
+    for line in found:
+        name, *argv = shlex.split(line)[1:]
+        if name != "results/baselines.py":
+            cfg = importlib.import_module(name.removesuffix(".py")).parse_args(argv)
+            outs.add((cfg.out, cfg.task, cfg.seed, cfg.train_size))
+    assert len(outs) == 18 * 8 * 3
+
+
+@pytest.mark.slow
+def test_all_tasks_goes_on_where_it_was(tmp_path):
+    """One run and the baselines of one task; then nothing is left; then the other seed alone."""
+    file, lines = tmp_path / "rows.csv", []
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "results")!r})
+import all_tasks
+all_tasks.METHODS = {{"nft": ("orca", 0.1, "--align none")}}
+all_tasks.SIZE["satellite"] = 48
+all_tasks.main(["--tasks", "satellite", "--csv", {str(file)!r}, "--seeds", *sys.argv[1:]])
+"""
+    for seeds in ("0", "0", "01"):
+        argv = [sys.executable, "-c", code, *seeds]
+        done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines.append(file.read_text().splitlines())
+    methods = ["majority class", "1-NN", "logistic regression", "orca"]
+    assert [line.split(",")[0] for line in lines[0][1:]] == methods
+    assert lines[1] == lines[0]
+    assert [line.split(",")[0] for line in lines[2][1:]] == 2 * methods
+
+
+def test_the_report_of_the_faults_counts_cases(tmp_path):
+    tests = [
+        '<testcase name="test_bad_lines_a[x]"/>',
+        '<testcase name="test_bad_lines_a[y]"><failure/></testcase>',
+        '<testcase name="test_bad_lines_b[z]"><skipped/></testcase>',
+        '<testcase name="test_mutated_pickles_never[5000]"><properties>'
+        '<property name="cases" value="5000"/></properties></testcase>',
+    ]
+    report = tmp_path / "report.xml"
+    report.write_text(f"<testsuites><testsuite>{''.join(tests)}</testsuite></testsuites>")
+    found = {row["fault"]: (row["cases"], row["passed"]) for row in script("faults").count(report)}
+    assert found["bad command lines"] == (2, 1)
+    assert found["mutated pickled arrays"] == (5000, 5000)
+
+
+def test_the_kinds_of_faults_name_tests_that_exist():
+    text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
+    for pattern, _ in script("faults").FAULTS.values():
+        for name in re.findall(r"_\w+_", pattern):
+            assert re.search(r"^def \w*" + name, text, re.M), name
