@@ -1,10 +1,8 @@
-"""What holds for the repository as a whole: labels, notebooks, safety, the README's commands."""
+"""What holds for the repository as a whole: labels, notebooks, safety, files."""
 
 import ast
-import importlib
 import json
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -61,27 +59,6 @@ def test_notebooks_were_run_from_top_to_bottom(path):
     text = json.dumps([o for o in outputs if o["output_type"] == "stream"])
     assert not re.search(r"/(home|root|tmp|work|Users)/", text), "a path of one machine"
     assert path.stat().st_size < 1_500_000
-
-
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
-def test_readme_has_the_two_commands():
-    commands = readme_commands()
-    assert "pip install -r requirements.txt && python pare.py --task satellite" in commands
-    assert "pip install -r requirements.txt && pytest" in commands
-
-
-def test_every_method_command_of_the_readme_parses():
-    seen = 0
-    for command in readme_commands():
-        for script, argv in re.findall(r"python (orca|pare|proposed)\.py ([^&#]*)", command):
-            importlib.import_module(script).parse_args(shlex.split(argv))
-            seen += 1
-    assert seen >= 5
 
 
 def test_files_that_the_readme_names_exist():
