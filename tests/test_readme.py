@@ -94,3 +94,11 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         exec(block.replace("epochs=30", "epochs=1, source_size=32"), names)
     assert names["result"]["task"] == "mine.npz"
     assert Path("runs/pare-mine-0/model.safetensors").exists() and callable(names["model"])
+
+
+def test_links_within_the_page_lead_to_a_heading():
+    headings = re.findall(r"(?m)^##+ (.*)$", TEXT)
+    anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+    links = re.findall(r"\]\(#([^)]+)\)", TEXT)
+    missing = set(links) - anchors
+    assert links and not missing, missing
