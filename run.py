@@ -369,7 +369,8 @@ class Record:
     def __init__(self, out: Path | None, cfg=None, method: str = "", start: float | None = None):
         self.out, self.rows, self.start = out, [], start or time.time()
         self.pending = ["step,lr,loss,grad_norm"]
-        self.best, self.sums, self.stage, self.epoch, self.batch = math.inf, {}, "", 0, 0
+        self.best, self.sums, self.stage = math.inf, {}, ""
+        self.epochs, self.epoch, self.batch = 1, 0, 0  # of the stage: all, done; steps of this one
         self.parts, self.order, self.random, self.ended = {}, None, None, []
         self.tracker = _tracker(cfg.track, out) if cfg and cfg.track and rank() == 0 else None
         self.identity = identity(cfg, method) if cfg else {}
@@ -392,7 +393,7 @@ class Record:
         self.epoch, self.batch, self.sums = 0, 0, {}
         if self.loaded and self.loaded["stage"] == stage:
             self._restore(self.loaded)
-        self.stage, self.loaded = stage, None
+        self.stage, self.epochs, self.loaded = stage, epochs, None
         _Flag.training = True
         while self.epoch < epochs:  # end_epoch() counts
             yield self.epoch
@@ -408,11 +409,11 @@ class Record:
         for _ in range(done):
             next(rows)
         self._set_random()
-        shown = tqdm(
+        shown = tqdm(  # the steps of the stage, and the time to its end; nothing but on a terminal
             rows,
-            f"epoch {self.epoch + 1}",
-            len(loader),
-            initial=done,
+            f"epoch {self.epoch + 1}/{self.epochs}",
+            len(loader) * self.epochs,
+            initial=len(loader) * self.epoch + done,
             leave=False,
             disable=None if rank() == 0 else True,
         )

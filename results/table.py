@@ -367,6 +367,31 @@ def fno() -> str:
     return "\n".join(lines)
 
 
+REAL = {
+    "scratch": "from scratch (random body)",
+    "nft": "NFT",
+    "orca": "ORCA (OTDD)",
+    "pare": "PaRe, two thirds of the epochs",
+    "proposed": "the proposal, nine tenths of the epochs",
+}
+
+
+def real() -> str:
+    """The two real data sets: mean and standard deviation over the seeds."""
+    errors: dict[str, dict[str, list[float]]] = {}
+    for row in [*rows("real_baselines.csv"), *rows("real.csv")]:
+        name, task = row["method"], row["task"].removesuffix(".npz")
+        if "--out" in row["command"]:
+            run = row["command"].split("--out runs/real/")[1].split()[0]
+            name = REAL[run.removeprefix(task + "-").rsplit("-", 1)[0]]
+        errors.setdefault(name, {}).setdefault(task, []).append(float(row["test_error"]))
+    lines = ["| | crop | darcy16 |", "|---|---|---|"]
+    for name, found in errors.items():
+        cells = [spread(found.get(task, [])) for task in ("crop", "darcy16")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 # ---- every method on every task ----
 
 ALL = {  # the name of a run in results/all_tasks.py: what the table calls it

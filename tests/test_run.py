@@ -442,6 +442,24 @@ def test_predictions_of_a_finished_run(script, unbroken, series, tmp_path, capsy
     assert not (tmp_path / "z.npy").exists()
 
 
+def test_progress_counts_the_steps_of_the_stage_and_is_quiet_off_a_terminal(
+    series, tmp_path, monkeypatch, capsys
+):
+    bars, tqdm = [], run.tqdm
+
+    def watched(rows, title, total, **how):
+        bars.append((title, how["initial"], total, how["disable"]))
+        return tqdm(rows, title, total, **how)
+
+    monkeypatch.setattr(run, "tqdm", watched)
+    main("orca", config("orca", series, tmp_path / "run", align="none"))
+    steps = len((tmp_path / "run" / "steps.csv").read_text().splitlines()) - 1
+    assert bars == [
+        (f"epoch {e + 1}/3", e * steps // 3, steps, None) for e in range(3)
+    ]  # None: tqdm asks whether it is on a terminal
+    assert "\r" not in capsys.readouterr().err
+
+
 def test_settings_of_the_device_are_set_and_set_back(series, tmp_path):
     for on in (True, False):
         cfg = config("orca", series, tmp_path, tf32=on, deterministic=on, device="cpu", seed=3)
