@@ -1,8 +1,8 @@
 """Count what the fault tests survived.
 
-    python results/faults.py runs/faults.xml --csv results/faults.csv
+    python results/faults.py runs/kills.xml runs/faults.xml --csv results/faults.csv
 
-Reads the report of results/faults.sh. A test counts as one case, or as the number of cases that it
+Reads the reports of results/faults.sh. A test counts as one case, or as the number of cases that it
 reports; a fault is survived if all its tests pass.
 """
 
@@ -45,9 +45,9 @@ FAULTS = {  # fault: its tests, what passing means
 }
 
 
-def count(report: Path) -> list[dict]:
+def count(reports: list[Path]) -> list[dict]:
     """A row for each fault: how many cases, and how many of them passed."""
-    tests = list(ET.parse(report).iter("testcase"))
+    tests = [test for report in reports for test in ET.parse(report).iter("testcase")]
     rows = []
     for fault, (pattern, means) in FAULTS.items():
         row = {"fault": fault, "cases": 0, "passed": 0, "pass_means": means}
@@ -64,10 +64,10 @@ def count(report: Path) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("report", type=Path, help="what pytest --junit-xml wrote")
+    parser.add_argument("reports", nargs="+", type=Path, help="what pytest --junit-xml wrote")
     parser.add_argument("--csv", type=Path, required=True)
     args = parser.parse_args(argv)
-    rows = [{**row, "command": "results/faults.sh"} for row in count(args.report)]
+    rows = [{**row, "command": "results/faults.sh"} for row in count(args.reports)]
     with args.csv.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -277,7 +277,9 @@ def test_the_report_of_the_faults_counts_cases(tmp_path):
     ]
     report = tmp_path / "report.xml"
     report.write_text(f"<testsuites><testsuite>{''.join(tests)}</testsuite></testsuites>")
-    found = {row["fault"]: (row["cases"], row["passed"]) for row in script("faults").count(report)}
+    found = {
+        row["fault"]: (row["cases"], row["passed"]) for row in script("faults").count([report])
+    }
     assert found["bad command lines"] == (2, 1)
     assert found["mutated pickled arrays"] == (5000, 5000)
 
