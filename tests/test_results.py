@@ -76,8 +76,17 @@ def test_the_readme_s_tables_are_the_rows_in_results():
     assert table.satellite() in text and table.crop() in text and table.nas_bench() in text
     assert table.published(tasks.NAMES[:10]) in text
     assert table.published(tasks.NAMES[10:], table.COMPARABLE) in text
+    assert table.fno() in text
     assert table.pdebench() in text and table.pde_long() in text and table.study() in text
     assert table.pare_ablation() in text and table.unrest() in text and table.proposed() in text
+
+
+def test_the_readme_s_tables_of_cost_are_the_rows_in_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    bench = script("bench_cost")
+    rows = bench.read(ROOT / "results" / "cost.csv")
+    for part in bench.PARTS:
+        assert bench.table(rows, part) in text, part
 
 
 def test_pde_errors_are_far_below_the_trivial_predictors():
