@@ -1,6 +1,6 @@
 """Every method on every task, three seeds: python results/all_tasks.py --jobs 2
 
-A small setting, so that 432 runs and the baselines take about three hours on one CPU core: a fifth
+A small setting, so that 432 runs and the baselines take under four hours on one CPU core: a fifth
 of each task's training samples (five images a class where there are a hundred) and half of the
 alignment's samples a step, but the task's epochs. All methods see the same samples; PaRe, whose
 step takes two samples through the body, has two thirds of the epochs, the proposal nine tenths,
