@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Real data, files of one's own: satellite series (the UCR archive's Crop) as crop.npz and Darcy flow (16 x 16, of
-# the neuraloperator project) as darcy16.npz, both in the project's root; three seeds, about 25 minutes on one CPU
+# the neuraloperator project) as darcy16.npz, both in the project's root; three seeds, about 30 minutes on one CPU
 # core. Runs that are there already are not made again. SEEDS="0" makes these alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
