@@ -16,6 +16,18 @@ def rows(name: str) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def run_of(row: dict) -> tuple[str, str]:
+    """Folder and setting of a row's run, which lies in runs/FOLDER/TASK-SETTING-SEED."""
+    folder, name = row["command"].split("--out runs/")[1].split()[0].split("/")
+    return folder, name.removeprefix(row["task"].removesuffix(".npz") + "-").rsplit("-", 1)[0]
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table: a line of heads, a rule, a line for each of lines."""
+    text = ["| " + " | ".join(cells) + " |" for cells in (head, *lines)]
+    return "\n".join([text[0], "|---" * len(head) + "|", *text[1:]])
+
+
 def label(row: dict) -> str:
     """What the README calls the setting of a row."""
     if row["method"] == "pare":
@@ -82,13 +94,13 @@ def nas_errors() -> dict[str, dict[str, float]]:
 def nas_bench() -> str:
     """The ten tasks of NAS-Bench-360, simulated: one seed, a row each, the best in bold."""
     metrics = {row["task"]: row["metric"] for row in rows("nas_bench.csv")}
-    lines = ["| task | metric | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    lines = []
     for task, errors in sorted(nas_errors().items()):
         cells = [f"{errors[c]:.3f}" if errors[c] > 0.1 else f"{errors[c]:.4f}" for c in COLUMNS]
         best = min(COLUMNS, key=lambda c: errors[c])
         cells = [f"**{x}**" if c == best else x for x, c in zip(cells, COLUMNS, strict=True)]
-        lines.append(f"| {task} | {metrics[task]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([task, metrics[task], *cells])
+    return markdown(["task", "metric", *COLUMNS], lines)
 
 
 # What may be compared with the papers' numbers, whose models are pretrained on the web, have 9000
@@ -125,14 +137,14 @@ def pde_errors() -> dict[str, dict[str, float]]:
 
 def pdebench() -> str:
     """The eight tasks of PDEBench, solved on the spot: one seed, a row each, the best in bold."""
-    lines = ["| task | " + " | ".join(PDE_COLUMNS) + " |", "|---" * (1 + len(PDE_COLUMNS)) + "|"]
+    lines = []
     for task, errors in pde_errors().items():
         best = min(PDE_COLUMNS, key=lambda c: errors[c])
         cells = [
             f"**{digits(errors[c])}**" if c == best else digits(errors[c]) for c in PDE_COLUMNS
         ]
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([task, *cells])
+    return markdown(["task", *PDE_COLUMNS], lines)
 
 
 def published(names: tuple[str, ...], comparable: dict[str, str] | None = None) -> str:
@@ -140,7 +152,7 @@ def published(names: tuple[str, ...], comparable: dict[str, str] | None = None) 
     records = {name: importlib.import_module(f"tasks.{name}").TASK for name in names}
     columns = list(dict.fromkeys(c for record in records.values() for c in record["published"]))
     head = ["task", "metric", *columns, *(["same problem as ours?"] if comparable else [])]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for name, record in records.items():
         errors = record["published"]
         cells = [f"{errors[c]:g}" if c in errors else "-" for c in columns]
@@ -149,17 +161,17 @@ def published(names: tuple[str, ...], comparable: dict[str, str] | None = None) 
             f"**{x}**" if errors.get(c) == best else x for x, c in zip(cells, columns, strict=True)
         ]
         cells += [comparable[name]] if comparable else []
-        lines.append(f"| {name} | {record['metric_name']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, record["metric_name"], *cells])
+    return markdown(head, lines)
 
 
 def pde_long() -> str:
     """The longer runs on three of them, with the command of each."""
-    lines = ["| task | nRMSE | time | command |", "|---|---|---|---|"]
+    lines = []
     for row in rows("pde_long.csv"):
         error, minutes = digits(float(row["test_error"])), float(row["time_s"]) / 60
-        lines.append(f"| {row['task']} | {error} | {minutes:.0f} min | `{row['command']}` |")
-    return "\n".join(lines)
+        lines.append([row["task"], error, f"{minutes:.0f} min", f"`{row['command']}`"])
+    return markdown(["task", "nRMSE", "time", "command"], lines)
 
 
 STUDY = {
@@ -181,18 +193,17 @@ def study() -> str:
     """What explains ORCA: some settings of results/study.sh, both tasks, mean and spread."""
     errors: dict[tuple[str, str], list[float]] = {}
     for row in rows("study.csv"):
-        name = row["command"].split("--out runs/study/")[1].split()[0]
-        setting = name.removeprefix(row["task"] + "-").rsplit("-", 1)[0]
+        _, setting = run_of(row)
         setting = "body-random" if setting.startswith("body-random") else setting
         errors.setdefault((setting, row["task"]), []).append(float(row["test_error"]))
-    lines = ["| setting | satellite (1D) | ninapro (2D) |", "|---|---|---|"]
+    lines = []
     for setting, name in STUDY.items():
         found = [errors.get((setting, task)) for task in ("satellite", "ninapro")]
         cells = [
             f"{statistics.mean(e):.3f} ± {statistics.stdev(e):.3f}" if e else "-" for e in found
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown(["setting", "satellite (1D)", "ninapro (2D)"], lines)
 
 
 PARE = {
@@ -220,8 +231,7 @@ def pare_rows() -> dict[tuple[str, str], dict[str, float]]:
     errors: dict[tuple[str, str], dict[str, float]] = {}
     names = {"none": "nft", "otdd": "orca", "pare": "default"}
     for row in [*rows("study.csv"), *rows("pare_ablation.csv")]:
-        folder, name = row["command"].split("--out runs/")[1].split()[0].split("/")
-        setting = name.removeprefix(row["task"] + "-").rsplit("-", 1)[0]
+        folder, setting = run_of(row)
         setting = names.get(setting) if folder == "study" else setting
         if setting:
             errors.setdefault((setting, row["task"]), {})[row["seed"]] = float(row["test_error"])
@@ -241,14 +251,11 @@ def spread(errors: list[float]) -> str:
 def pare_ablation() -> str:
     """What each choice of PaRe is worth."""
     errors = pare_rows()
-    lines = [
-        "| setting | satellite (series) | ninapro (image) | darcy (field) |",
-        "|---|---|---|---|",
-    ]
+    lines = []
     for setting, name in PARE.items():
         cells = [spread(list(errors.get((setting, task), {}).values())) for task in TRIPLE]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown(["setting", "satellite (series)", "ninapro (image)", "darcy (field)"], lines)
 
 
 PROPOSED = {
@@ -279,10 +286,8 @@ def proposed() -> str:
     """
     found: dict[tuple[str, str], list[dict]] = {}
     for row in rows("proposed_ablation.csv"):
-        name = row["command"].split("--out runs/proposed-ablation/")[1].split()[0]
-        setting = name.removeprefix(row["task"] + "-").rsplit("-", 1)[0]
-        found.setdefault((setting, row["task"]), []).append(row)
-    lines = [f"| setting | {' | '.join(FOUR)} | steps | time |", "|---|---|---|---|---|---|---|"]
+        found.setdefault((run_of(row)[1], row["task"]), []).append(row)
+    lines = []
     quiet = {
         (setting, task, row["seed"]): float(row["time_s"])
         for (setting, task), group in found.items()
@@ -297,8 +302,8 @@ def proposed() -> str:
         cells.append(f"{min(size)} to {max(size)}" if made else "-")
         times = [t / quiet["nft", *run] for (s, *run), t in quiet.items() if s == setting]
         cells.append(f"{statistics.mean(times):.2f}" if times else "-")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown(["setting", *FOUR, "steps", "time"], lines)
 
 
 def unrest() -> str:
@@ -317,7 +322,7 @@ def unrest() -> str:
             if row["stage"] == "finetune" and setting in ("nft", "orca", "default"):
                 if task in TRIPLE:
                     runs.setdefault((task, setting, seed), []).append(float(row["grad_norm"]))
-    lines = ["| gradient norm, log10: level; jumps | NFT | ORCA | PaRe |", "|---|---|---|---|"]
+    lines = []
     for task in TRIPLE:
         cells = []
         for setting in ("nft", "orca", "default"):
@@ -330,18 +335,15 @@ def unrest() -> str:
                         statistics.mean(abs(b - a) for a, b in zip(logs, logs[1:], strict=False))
                     )
             cells.append(f"{spread(level)}; {spread(jumps)}")
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([task, *cells])
+    return markdown(["gradient norm, log10: level; jumps", "NFT", "ORCA", "PaRe"], lines)
 
 
 def faults() -> str:
     """What runs survived: the report of results/faults.sh."""
-    lines = ["| fault | cases | passed | passing means |", "|---|---|---|---|"]
-    lines += [
-        f"| {row['fault']} | {row['cases']} | {row['passed']} | {row['pass_means']} |"
-        for row in rows("faults.csv")
-    ]
-    return "\n".join(lines)
+    keys = ("fault", "cases", "passed", "pass_means")
+    lines = [[row[key] for key in keys] for row in rows("faults.csv")]
+    return markdown(["fault", "cases", "passed", "passing means"], lines)
 
 
 def fno() -> str:
@@ -355,16 +357,17 @@ def fno() -> str:
         name = names.get((row["method"], row.get("align")), row["method"])
         if (*case, row["seed"]) in made and usual and name in ("fno", "NFT", "ORCA", "PaRe"):
             errors.setdefault(case, {}).setdefault(name, []).append(float(row["test_error"]))
-    lines = ["| task | fields | seeds | time | FNO | NFT | ORCA | PaRe |", "|---" * 8 + "|"]
+    lines = []
     for (task, size), found in sorted(errors.items(), key=lambda item: (-item[0][1], item[0][0])):
         times = [float(row["time_s"]) for (t, n, _), row in made.items() if (t, n) == (task, size)]
         mean = {name: statistics.mean(values) for name, values in found.items()}
         best = min(mean, key=mean.get)
         cells = [digits(mean[c]) if c in mean else "-" for c in ("fno", "NFT", "ORCA", "PaRe")]
         cells = [f"**{x}**" if x == digits(mean[best]) else x for x in cells]
-        head = f"| {task} | {size} | {len(times)} | {statistics.mean(times):.0f} s | "
-        lines.append(head + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        seconds = f"{statistics.mean(times):.0f} s"
+        lines.append([task, str(size), str(len(times)), seconds, *cells])
+    head = ["task", "fields", "seeds", "time", "FNO", "NFT", "ORCA", "PaRe"]
+    return markdown(head, lines)
 
 
 REAL = {
@@ -382,14 +385,13 @@ def real() -> str:
     for row in [*rows("real_baselines.csv"), *rows("real.csv")]:
         name, task = row["method"], row["task"].removesuffix(".npz")
         if "--out" in row["command"]:
-            run = row["command"].split("--out runs/real/")[1].split()[0]
-            name = REAL[run.removeprefix(task + "-").rsplit("-", 1)[0]]
+            name = REAL[run_of(row)[1]]
         errors.setdefault(name, {}).setdefault(task, []).append(float(row["test_error"]))
-    lines = ["| | crop | darcy16 |", "|---|---|---|"]
+    lines = []
     for name, found in errors.items():
         cells = [spread(found.get(task, [])) for task in ("crop", "darcy16")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown(["method", "crop", "darcy16"], lines)
 
 
 # ---- every method on every task ----
@@ -413,8 +415,7 @@ def all_errors(name: str = "all_tasks.csv") -> dict[str, dict[str, dict[str, flo
     for row in rows(name):
         method = row["method"]
         if "--out" in row["command"]:
-            run = row["command"].split("--out runs/all-tasks/")[1].split()[0]
-            method = ALL[run.removeprefix(row["task"] + "-").rsplit("-", 1)[0]]
+            method = ALL[run_of(row)[1]]
         else:
             method = SIMPLE[method in (*LINEAR, "1-NN")]
         errors = found.setdefault(row["task"], {}).setdefault(method, {})
@@ -425,7 +426,7 @@ def all_errors(name: str = "all_tasks.csv") -> dict[str, dict[str, dict[str, flo
 def all_tasks() -> str:
     """Mean over the seeds, standard deviation in brackets; the best method of a row in bold."""
     columns = [*SIMPLE, *ALL.values()]
-    lines = ["| task | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    lines = []
     for task, errors in all_errors().items():
         means = {c: statistics.mean(errors[c].values()) for c in columns if c in errors}
         best, cells = min(means, key=means.get), []
@@ -436,8 +437,8 @@ def all_tasks() -> str:
             if len(values) > 1:
                 text += f" ({statistics.stdev(values):.1g})"
             cells.append(text)
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([task, *cells])
+    return markdown(["task", *columns], lines)
 
 
 def against_nft() -> dict[str, list[float]]:
@@ -468,17 +469,14 @@ def ranks() -> str:
     for i, m in enumerate(sorted(p, key=p.get)):
         largest = max(largest, min(1.0, (len(p) - i) * p[m]))
         holm[m] = largest
-    lines = [
-        f"| method | average rank of {len(logs)} | error / NFT's, geometric mean "
-        "| better than NFT on | p (Holm) |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for m in sorted(logs, key=mean.get):
         ratio, wins = math.exp(statistics.mean(logs[m])), sum(v < 0 for v in logs[m])
         p_text = f"{holm[m]:.2g}" if m in holm else "-"
         better = f"{wins} of {len(columns)}" if m != "NFT" else "-"
-        lines.append(f"| {m} | {mean[m]:.2f} | {ratio:.3f} | {better} | {p_text} |")
-    return "\n".join(lines)
+        lines.append([m, f"{mean[m]:.2f}", f"{ratio:.3f}", better, p_text])
+    head = ["method", f"average rank of {len(logs)}", "error / NFT's, geometric mean"]
+    return markdown([*head, "better than NFT on", "p (Holm)"], lines)
 
 
 def figure(path: Path) -> None:
