@@ -91,21 +91,22 @@ def test_a_run_broken_after_any_save_goes_on_to_the_same_end(
 
 
 PLACES = {"align": "separability", "train": "update", "validate": "evaluate", "test": "evaluate"}
+STOPS = [(script, place) for place in PLACES for script in SCRIPTS] + [("proposed", "contrast")]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("place", list(PLACES))
+@pytest.mark.parametrize(("script", "place"), STOPS)
 def test_a_signal_stops_the_run_where_it_can_go_on_to_the_same_end(
     script, signum, place, unbroken, series, tmp_path, monkeypatch, capsys
 ):
     out, module = tmp_path / "run", importlib.import_module(script)
     holder = run if place == "train" else module
-    function, calls = getattr(holder, PLACES[place]), [0]
+    name = PLACES.get(place, "label_weights")  # which stage "contrast" asks for at every step
+    function, calls = getattr(holder, name), [0]
 
     def interrupted(*args):
         calls[0] += place not in ("validate", "test") or args[1] == place.replace("validate", "val")
-        if calls[0] == {"align": 2, "train": 6, "validate": 2, "test": 1}[place]:
+        if calls[0] == {"align": 2, "contrast": 3, "train": 6, "validate": 2, "test": 1}[place]:
             calls[0] += 1  # once only
             os.kill(os.getpid(), signum)
         return function(*args)
@@ -113,12 +114,12 @@ def test_a_signal_stops_the_run_where_it_can_go_on_to_the_same_end(
     argv = [x for k, v in SHORT.items() for x in ("--" + k.replace("_", "-"), str(v))]
     argv += ["--task", str(series), "--align", "mmd", "--out", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr(holder, PLACES[place], interrupted)
+        patch.setattr(holder, name, interrupted)
         assert module.cli(argv) == 128 + signum
     assert "interrupted; --resume goes on" in capsys.readouterr().err
     state = run._read_state(out / "last.pt", {})
     if place != "test":
-        assert state["stage"] == ("align" if place == "align" else "finetune")
+        assert state["stage"] == (place if place in ("align", "contrast") else "finetune")
     assert (state["batch"] > 0) == (place == "train") and not (out / "result.json").exists()
     assert module.cli([*argv, "--resume"]) == 0
     assert outcome(out) == outcome(unbroken[script])
