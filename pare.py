@@ -25,7 +25,7 @@ Generation, ICML 2024 (arXiv 2406.09003).
     python pare.py --task satellite --align otdd        after ORCA's alignment of f^t
     python pare.py --task mine.npz --device cuda        arrays x_train, y_train, x_test, y_test
     python pare.py --task satellite --paper             real data, roberta-base, published settings
-Baselines are settings of orca.py.
+Baselines are settings of orca.py, from which --align is imported; f^t and h^t are repeated here.
 
 You should see k and lambda fall to 0 while the error falls; the last line is the result. Everything
 is written to runs/pare-TASK-SEED. Gate, f^s and h^s are needed for training alone: the saved model
@@ -60,8 +60,7 @@ from torch.nn import functional as F
 import bodies
 import run
 import tasks
-from mmd import mmd2
-from otdd import OTDD, label_distances, wasserstein
+from orca import align, source_features
 from run import Record, Settings, autocast, opt
 from tasks import papers
 
@@ -186,30 +185,7 @@ def resolve(cfg: Config, task: tasks.Task) -> Config:
     return replace(cfg, **{key: getattr(cfg, key) or value for key, value in parts.items()})
 
 
-# ---- 2. Data -------------------------------------------------------------------------------------
-
-
-# Copied from orca.balanced_rows
-def balanced_rows(labels: Tensor, size: int, rng: torch.Generator) -> Tensor:
-    """Rows of about `size` samples, as many of each class as of any other, at least 2 of each."""
-    per_class = max(2, size // len(labels.unique()))
-    order = torch.randperm(len(labels), generator=rng)
-    return torch.cat([order[labels[order] == k][:per_class] for k in labels.unique()])
-
-
-# Copied from orca.one_vector
-def one_vector(z: Tensor, how: str) -> Tensor:
-    """What D sees of each sample: its mean patch, as published, or one of them: -> (B, D)."""
-    if how == "mean":
-        return z.mean(dim=1)
-    return z[torch.arange(len(z)), torch.randint(z.shape[1], (len(z),))]
-
-
-# Copied from orca.source_features
-@torch.no_grad()
-def source_features(f_s: nn.Module, source: tasks.Source, device: torch.device, how="mean"):
-    """Embedded source samples, one vector each: (n, D). f^s is frozen."""
-    return torch.cat([one_vector(f_s(x.to(device)), how) for x in source.x.split(500)])
+# ---- 2. Data: tasks.load_task(), and load_source() below -----------------------------------------
 
 
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
@@ -558,112 +534,7 @@ class Mixer(nn.Module):
         return loss  # (P6)
 
 
-# Copied from orca.distance_to
-def distance_to(
-    name: str, z_s: Tensor, y_s: Tensor, share: Tensor | None = None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """D of (O2): a function of the target's features and labels that knows the source's.
-
-    Args:
-        name: "otdd" (features and labels, slide 10), "otdd-gaussian" (labels as Gaussians),
-            "otdd-classwise" (as released), "mmd" (features, slide 40), or "l2" (the mean distance
-            of random pairs, as ORCA's baseline has it; not a distance of distributions).
-        z_s, y_s: source features (n, D) and classes (n,).
-        share: of each target class, (K,), adding up to 1; only "otdd-classwise" needs it.
-    Returns: a function (z_t (m, D), y_t (m,)) -> scalar, differentiable in z_t.
-    """
-    if name == "otdd":
-        return OTDD(z_s, y_s)
-    if name == "otdd-gaussian":
-        D = OTDD(z_s, y_s, label_distance="gaussian")
-        several = lambda y_t: y_t.bincount()[y_t] > 1  # noqa: E731 (one sample has no covariance)
-        return lambda z_t, y_t: D(z_t[several(y_t)], y_t[several(y_t)])
-    if name == "otdd-classwise":
-        return lambda z_t, y_t: classwise(z_s, y_s, z_t, y_t, share)
-    if name == "mmd":
-        return lambda z_t, y_t: mmd2(z_s, z_t)
-
-    def l2(z_t: Tensor, y_t: Tensor) -> Tensor:
-        pairs = torch.randint(len(z_s), (len(z_t),)).to(z_s.device)
-        return (z_t - z_s[pairs]).norm(dim=1).mean()
-
-    return l2
-
-
-# Copied from orca.classwise
-def classwise(z_s: Tensor, y_s: Tensor, z_t: Tensor, y_t: Tensor, share: Tensor) -> Tensor:
-    """The released D (O4): OTDD of each target class by itself with all of the source.
-
-    With a single target class c, the label term of d_Z is W(y_i, c): it depends on the source
-    sample alone, whose weight in any plan is 1/n. So it adds the same to all plans: pi, and with it
-    the gradient, is that of the features, whatever the labels of the source are.
-    """
-    total = z_t.new_zeros(())
-    for c in y_t.unique():
-        z_c = z_t[y_t == c]
-        with torch.no_grad():  # detached, as released
-            const = label_distances(z_s, y_s, z_c, torch.zeros_like(y_t[: len(z_c)]))
-            const = const[y_s.unique(return_inverse=True)[1]].mean()
-        total = total + share[c] * (wasserstein(z_s, z_c) ** 2 + const)  # (O4)
-    return total
-
-
-# Copied from orca.separability
-def separability(z: Tensor, y: Tensor) -> float:
-    """Share of the variance of z (m, D) between the classes: 1 if each is a point; by chance
-    (K - 1) / (m - 1)."""
-    means = torch.stack([z[y == c].mean(dim=0) for c in y.unique()])
-    within = (z - means[y.unique(return_inverse=True)[1]]).square().sum()
-    return float(1 - within / (z - z.mean(dim=0)).square().sum().clamp(min=1e-30))
-
-
 # ---- 7. Training ---------------------------------------------------------------------------------
-
-
-# Copied from orca.align
-def align(
-    model: Model, z_s: Tensor, y_s: Tensor, task: tasks.Task, cfg: Config, record: Record
-) -> None:
-    """Stage 2 (O2): train f^t alone so that its features come close to the source's.
-
-    Args:
-        z_s, y_s: source features (n, D) and classes (n,), on the device of the model.
-        task: the target; without classes it lends those that k-means makes of y.
-    """
-    rng = torch.Generator().manual_seed(cfg.seed)
-    pool, labels = tasks.some_classes(task, cfg.seed)
-    D = distance_to(cfg.align, z_s, y_s, labels.bincount() / len(labels))
-    optimizer = run.optimizer_of(model.f_t.parameters(), cfg, cfg.align_lr, weight_decay=0.0)
-    drop = torch.optim.lr_scheduler.StepLR(optimizer, cfg.align_drop or cfg.align_epochs, gamma=0.2)
-    changing = {"f_t": model.f_t, "optimizer": optimizer, "drop": drop, "rng": rng}
-    for epoch in record.begin("align", cfg.align_epochs, **changing):
-        sums = torch.zeros(3)
-        for _ in range(cfg.align_steps_per_epoch):
-            rows = balanced_rows(labels, cfg.align_samples, rng)
-            z_t = embedded(model.f_t, task, [pool[row] for row in rows.tolist()], cfg)
-            y_t = labels[rows].to(z_s.device)
-            run.finite(float(z_t.detach().sum()), "embedded target", epoch, cfg.align_lr)
-            loss = D(z_t, y_t)  # (O2)
-            optimizer.zero_grad()
-            run.finite(loss.item(), "distance", epoch, cfg.align_lr)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.f_t.parameters(), math.inf)
-            run.finite(norm.item(), "gradient norm", epoch, cfg.align_lr)
-            optimizer.step()
-            sums += torch.tensor([loss.item(), norm.item(), separability(z_t.detach(), y_t)])
-        drop.step()
-        names = ("distance", "grad_norm", "separability")
-        values = dict(zip(names, (sums / cfg.align_steps_per_epoch).tolist(), strict=True))
-        record.log(epoch + 1, cfg.align_epochs, "align", **values)
-        record.end_epoch()
-    run.synchronise(model.f_t)
-
-
-# Copied from orca.embedded
-def embedded(f_t: nn.Module, task: tasks.Task, rows: list[int], cfg: Config) -> Tensor:
-    """What D sees of the given training samples: (m, D)."""
-    x_t = torch.stack([task.train[row][0] for row in rows])
-    return one_vector(f_t(x_t.to(next(f_t.parameters()).device)), cfg.align_features)
 
 
 # Adapted from orca.finetune: the loss of the mixture, with k by the epoch; nothing is frozen

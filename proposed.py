@@ -6,15 +6,12 @@ predictor. Before it is fine-tuned, the predictor alone is trained on the output
 under noise of many scales: predictions of one label are to point the same way, those of different
 labels elsewhere. That costs one pass of the body over the training set.
 
-    (N1)  d^0 = g(f(x)), d^t = sqrt(1 - sigma^2) d^(t-1) + sigma noise      slide 34, stage 1
-    (N2)  d^t = a d^0 + s noise, a = (1 - sigma^2)^(t/2), a^2 + s^2 = 1     the same at once
-    (N3)  L_Y = -log [ sum_(i in Y, j in Y, j != i) w_ij e_ij               slide 35, stage 2
-                       / sum_(i in Y, j != i) w_ij lambda_ij e_ij ],
-          z_i = h(d_i), e_ij = exp(cos(z_i, z_j) / tau)
-    (N4)  lambda_ij = (1 + eps) / (max(0, correlation(y_i, y_j)) + eps)     slide 35
-    (N5)  w_ij = P_i P_j, P = Phi( margin(a d) / (s |grad margin(a d)|) )   slide 36
-    (N6)  min over f, g and h of the mean of L(h(g(f(x))), y)               slide 37, stage 3
-    (N7)  y = E[h(d~)] over perturbed d~, or h(d)                           slide 37
+    (N1), (N2)  d^t = a g(f(x)) + s noise, at many scales sigma            slide 34, stage 1
+    (N3)        contrast of z = h(d^t) over pairs, by exp(cos(z_i, z_j) / tau)     35, stage 2
+    (N4), (N5)  in it, lambda: how unlike labels are, and P: noise keeps them      35, 36
+    (N6)        min over f, g and h of the mean of L(h(g(f(x))), y)                37, stage 3
+    (N7)        y = E[h(d~)] over perturbed d~, or h(d)                            37
+All but (N6) stand in full in contrast.py. What is as in ORCA comes from orca.py, baselines too.
 
     python proposed.py --task satellite                 simulated data, tiny body, no network
     python proposed.py --task darcy                     images to a field
@@ -22,34 +19,26 @@ labels elsewhere. That costs one pass of the body over the training set.
     python proposed.py --task ecg --prediction perturbed    the mean over noise as prediction
     python proposed.py --task satellite --align otdd    after ORCA's alignment of f (slide 38)
     python proposed.py --task mine.npz --device cuda    arrays x_train, y_train, x_test, y_test
-Baselines are settings of orca.py.
 
 You should see the contrastive loss fall and "preserved", the mean of P, rise in stage "contrast",
 then the error fall in stage "finetune"; the last line is the result, with the errors of both
 predictions of (N7). Everything is written to runs/proposed-TASK-SEED.
 
 How the slides were read where they leave things open:
- 1. The slide's (N3) is of cosines, and with them the logarithm of a negative number at times
-    (--contrast literal: such classes are left out, and it is said). Here cosines are exponents,
-    pairs of a point with itself are dropped, and the loss is never negative; --contrast outer has
-    the mean over pairs outside the logarithm.
+ 1. --contrast literal is (N3) as on the slide, of cosines; contrast.py says what is wrong with it.
  2. Features are standardised first, else sigma has no unit. N K T features are drawn on the fly,
     those without noise among them; --materialise makes them all.
- 3. z is a projection of h's hidden layer; --contrast-at output takes the outputs (class Contrast).
+ 3. h has a hidden layer, since noise changes nothing in the mean (N7) of a linear one. z is a
+    projection of it; --contrast-at output takes the outputs (class Contrast).
  4. Classes correlate (N4) as their mean features do; several labels, and values, as they are.
     Values and fields have the labels of their clusters (k-means), for P a tolerance instead of a
     margin: P = exp(-|J (d~ - d)|^2 / (2 C^2)), J the Jacobian of z.
- 5. P weighs pairs, outside the exponential: in doubt a pair counts less, it is not less alike. The
-    slide's 1 - |d~ - d| |dh/dd| / C is --preserve jacobian. h gives a point the label whose mean z
-    is nearest. No gradient passes through P.
+ 5. h gives a point the label whose mean z is nearest. --preserve jacobian is the slide's P.
  6. "Pretrained model + linear projection" (slide 33) is ORCA's f^t: the body's own norm and
     positions, or patches, around a linear projection. --encoder frozen reads it as a frozen encoder
     before a projection; --finetune projection trains that and h alone in stage 3.
- 7. The mean (N7) is of probabilities where there are classes. h has a hidden layer: of a linear
-    one, noise changes nothing in the mean.
 """
 
-import copy
 import json
 import math
 import sys
@@ -64,19 +53,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bodies
+import orca
 import run
 import tasks
-from mmd import mmd2
-from otdd import OTDD, label_distances, wasserstein
+from contrast import (
+    Augmented,
+    contrastive_loss,
+    kept_by_jacobian,
+    kept_by_margin,
+    label_weights,
+    margin,
+    noise_levels,
+    predict_perturbed,
+)
 from run import Record, Settings, autocast, opt
-from tasks import papers
 
 # B batch, C channels, L length or H x W, N patches, D width of the body, M numbers of d, K classes
 METHOD = "proposed"
-ALIGN = ("otdd", "otdd-classwise", "otdd-gaussian", "mmd", "l2", "none")
+ENCODER = ("task", "frozen")
 CONTRAST = ("inner", "outer", "literal", "none")
+PRESERVE = ("margin", "jacobian", "none")
 FINETUNE = ("embedder", "frozen-embedder", "projection")
-WINDOW = 64  # tokens of a source sample
 NARROW = 32  # numbers of a patch from which h^t makes the points of a series
 HIDDEN = 256  # width of the hidden layer of h^t, at most
 OUTPUT = 64  # numbers that are contrasted; targets are correlated on about as many
@@ -103,15 +100,11 @@ class Config(Settings):
     source: str = opt("", "source data set of --align; default: the task's", tasks.SOURCES)
     source_size: int = opt(2000, "source samples", low=2)
     patches: int = opt(0, "N at most, 0: 32 for series, 256 (16 x 16) for images", low=0)
-    encoder: str = opt(
-        "task",
-        "f: as ORCA's f^t, or a frozen pretrained encoder and a linear projection",
-        ("task", "frozen"),
-    )
+    encoder: str = opt("task", "f: ORCA's f^t, or a frozen encoder and a projection", ENCODER)
     embedder_init: str = opt("body", "what f^t starts from", ("body", "random"))
     coordinates: bool = opt(False, "give f^t the place of each point, as further channels of x")
     # alignment of f^t beforehand, as in orca.py (slides 9 and 38)
-    align: str = opt("none", "distance D to minimise", ALIGN)
+    align: str = opt("none", "distance D to minimise", orca.ALIGN)
     align_features: str = opt("mean", "what D sees of a sample", ("mean", "random-patch"))
     align_epochs: int = opt(20, "epochs of it", low=1)
     align_steps_per_epoch: int = opt(3, "steps in each", low=1)
@@ -131,14 +124,8 @@ class Config(Settings):
     contrast_lr: float = opt(3e-4, "its learning rate", low=0)
     tau: float = opt(0.2, "temperature of the cosines", low=0.05)
     lambda_eps: float = opt(1.0, "epsilon of lambda: unlike labels weigh (1 + eps) / eps", low=1e-6)
-    preserve: str = opt(
-        "",
-        "P that noise keeps the label; default: margin, for values jacobian",
-        ("margin", "jacobian", "none"),
-    )
-    tolerance: float = opt(
-        0.5, "C of P for values: change of z (of length 1) that counts", low=1e-6
-    )
+    preserve: str = opt("", "P that noise keeps y; default: margin, for values jacobian", PRESERVE)
+    tolerance: float = opt(0.5, "C of P for values: change of z (of length 1) to count", low=1e-6)
     # stage 3, fine-tuning, and prediction (slide 37)
     finetune: str = opt("embedder", "what is trained of f and g", FINETUNE)
     prediction: str = opt("normal", "h(d), or the mean of h(d~)", ("normal", "perturbed"))
@@ -156,18 +143,10 @@ class Config(Settings):
     clip: float = opt(1.0, "largest norm of a gradient; 0: any", low=0)
 
 
-# What a task changes: a tenth fewer epochs than ORCA, in whose time stages 1 and 2 take place.
-EPOCHS = {"cifar100": 11, "spherical": 11, "darcy": 13, "psicov": 36, "cosmic": 9}
-EPOCHS |= {"ninapro": 11, "fsd50k": 11, "ecg": 13, "deepsea": 5}
-EPOCHS |= dict.fromkeys(tasks.PDES, 27)
-EPOCHS |= dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), 18)
-PATCHES = {"cosmic": 1024, "ecg": 50, "deepsea": 50}
-ALIGN_SAMPLES = {"psicov": 96}
-ALIGN_LR = {2: 1e-3, 3: 1e-4}  # by the length of x_shape, as in orca.py
-
-# The slides give no numbers for the real data: these are ORCA's.
-BODY = {True: {"body": bodies.ROBERTA_BASE}, False: {"body": bodies.SWIN_BASE}}
-PRESETS = {task: row | BODY[task in papers.SERIES] for task, row in papers.ORCA.items()}
+# What a task changes: a tenth fewer epochs than ORCA, in whose time stages 1 and 2 take place. The
+# slides give no numbers for the real data: these are ORCA's.
+EPOCHS = {task: (9 * epochs + 4) // 10 for task, epochs in orca.EPOCHS.items()}
+PATCHES, ALIGN_SAMPLES, PRESETS = orca.PATCHES, orca.ALIGN_SAMPLES, orca.PRESETS
 
 
 # Copied from orca.configure
@@ -181,151 +160,35 @@ def configure(**given) -> Config:
     return Config(**{**(PRESETS[task] if paper else embedded), **given})
 
 
-# Copied from orca.resolve
-def resolve(cfg: Config, task: tasks.Task) -> Config:
-    """Body, source and number of patches as they suit the task, where none was asked for."""
-    axes = len(task.x_shape)
-    parts = {"body": bodies.TINY[axes], "source": task.sources["embedded"]}
-    parts["patches"] = bodies.PATCHES[axes]
-    return replace(cfg, **{key: getattr(cfg, key) or value for key, value in parts.items()})
-
-
 # ---- 2. Data -------------------------------------------------------------------------------------
 
 
-# Copied from orca.balanced_rows
-def balanced_rows(labels: Tensor, size: int, rng: torch.Generator) -> Tensor:
-    """Rows of about `size` samples, as many of each class as of any other, at least 2 of each."""
-    per_class = max(2, size // len(labels.unique()))
-    order = torch.randperm(len(labels), generator=rng)
-    return torch.cat([order[labels[order] == k][:per_class] for k in labels.unique()])
+def coarse(y: Tensor) -> Tensor:
+    """A target or output as about OUTPUT numbers: (B, K), (B, C, L), (B, C, H, W) -> (B, d)."""
+    if y.ndim == 3:
+        y = F.adaptive_avg_pool1d(y, min(OUTPUT, y.shape[2]))
+    if y.ndim == 4:
+        y = F.adaptive_avg_pool2d(y, math.isqrt(OUTPUT))
+    return y.flatten(1)
 
 
-# Copied from orca.one_vector
-def one_vector(z: Tensor, how: str) -> Tensor:
-    """What D sees of each sample: its mean patch, as published, or one of them: -> (B, D)."""
-    if how == "mean":
-        return z.mean(dim=1)
-    return z[torch.arange(len(z)), torch.randint(z.shape[1], (len(z),))]
+def directions(task: tasks.Task, rows: list[int], y: Tensor, d: Tensor) -> Tensor:
+    """What correlates of the labels (N4), as vectors of length 1: (n, d).
 
-
-# Copied from orca.source_features
-@torch.no_grad()
-def source_features(f_s: nn.Module, source: tasks.Source, device: torch.device, how="mean"):
-    """Embedded source samples, one vector each: (n, D). f^s is frozen."""
-    return torch.cat([one_vector(f_s(x.to(device)), how) for x in source.x.split(500)])
+    Classes are names, which correlate with nothing: their mean features stand for them. Several
+    labels at once, and values, are taken as they are, less their mean and over their deviation.
+    """
+    if task.kind == "classes":
+        member = F.one_hot(y).T.float()
+        v = ((member @ d) / member.sum(dim=1, keepdim=True))[y]
+    else:
+        v = torch.stack([torch.as_tensor(task.train[row][1]) for row in rows])
+        v = coarse(torch.nan_to_num(v.float())).to(d.device)
+        v = (v - v.mean(dim=0)) / v.std(dim=0, correction=0).clamp(min=1e-6)
+    return F.normalize(v, dim=1)
 
 
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
-
-
-# Copied from orca.patch_length
-def patch_length(L: int, most: int) -> int:
-    """ORCA's rule: the smallest length that divides L and gives at most `most` patches.
-
-    Where that is over twice what is needed (a prime L, say), the series is padded instead.
-    """
-    need = math.ceil(L / most)
-    exact = next(p for p in range(need, L + 1) if L % p == 0)
-    return exact if exact <= 2 * need else need
-
-
-# Copied from orca.with_coordinates
-def with_coordinates(x: Tensor) -> Tensor:
-    """Where each point is, -1..1 along each axis, as further channels: (B, C, H, W) -> C + 2."""
-    axes = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[2:]]
-    places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-    return torch.cat([x, places.expand(len(x), *places.shape)], dim=1)
-
-
-# Copied from orca.SeriesEmbedder
-class SeriesEmbedder(nn.Module):
-    """f^t: standardise, cut into patches by a convolution, normalise, add positions (slide 8).
-
-    LayerNorm and positions start from the body's own tables, the convolution from random numbers;
-    with init "random", all do.
-    """
-
-    def __init__(
-        self, x_shape: tuple, roberta: nn.Module, patches: int, init="body", coordinates=False
-    ):
-        super().__init__()
-        (C, L), table = x_shape, roberta.embeddings
-        self.coordinates, self.patch = coordinates, patch_length(L, patches)
-        N, first = math.ceil(L / self.patch), table.padding_idx + 1
-        D = table.position_embeddings.embedding_dim
-        room = table.position_embeddings.num_embeddings - first
-        if N > room:
-            raise ValueError(f"--patches: {N} patches exceed the body's {room} positions")
-        self.grid = (N,)
-        self.register_buffer("mean", torch.zeros(C, 1))
-        self.register_buffer("std", torch.ones(C, 1))
-        self.conv = nn.Conv1d(C + coordinates, D, kernel_size=self.patch, stride=self.patch)
-        nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
-        self.norm = copy.deepcopy(table.LayerNorm)
-        position = table.position_embeddings.weight.detach()[first : first + N]
-        self.position = nn.Parameter(position.clone())
-        if init == "random":
-            self.norm.reset_parameters()
-            nn.init.normal_(self.position, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = (x - self.mean) / self.std
-        x = with_coordinates(x) if self.coordinates else x
-        x = F.pad(x, (0, -x.shape[-1] % self.patch))  # zeros are the mean
-        z = self.conv(x).transpose(1, 2)  # (B, C, L) -> (B, D, N) -> (B, N, D)
-        return self.norm(z) + self.position
-
-
-# Copied from orca.ImageEmbedder
-class ImageEmbedder(nn.Module):
-    """f^t: standardise, resize, cut into patches by a convolution, normalise (slide 8).
-
-    Starts as the body's own patch embedding, its three channels repeated for all C; with init
-    "random", from random numbers. A ViT's positions are added; Swin has relative ones, in g.
-    """
-
-    def __init__(self, x_shape: tuple, net: nn.Module, patches=0, init="body", coordinates=False):
-        super().__init__()
-        C, own, self.coordinates = x_shape[0], net.patch_embed, coordinates
-        channels = C + 2 * coordinates
-        self.size, self.grid = own.img_size, own.grid_size  # pixels and patches, (H, W) each
-        self.register_buffer("mean", torch.zeros(C, 1, 1))
-        self.register_buffer("std", torch.ones(C, 1, 1))
-        self.conv = nn.Conv2d(channels, own.proj.out_channels, own.patch_size, own.patch_size)
-        nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
-        self.norm, self.position = copy.deepcopy(own.norm), None
-        if hasattr(net, "pos_embed"):  # of its prefix, the class token, first
-            self.position = nn.Parameter(net.pos_embed.detach()[0, -math.prod(self.grid) :].clone())
-        if init == "random":
-            for start in (self.norm, self.position):
-                if isinstance(start, nn.LayerNorm):
-                    start.reset_parameters()
-                elif isinstance(start, nn.Parameter):
-                    nn.init.normal_(start, std=0.02)
-        else:
-            repeated = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
-            self.conv.weight.data = F.pad(repeated, (0, 0, 0, 0, 0, channels - C))
-            bias = torch.zeros(len(repeated)) if own.proj.bias is None else own.proj.bias.detach()
-            self.conv.bias.data.copy_(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = (x - self.mean) / self.std
-        x = with_coordinates(x) if self.coordinates else x
-        x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
-        z = self.conv(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
-        return self.norm(z) if self.position is None else self.norm(z) + self.position
-
-
-# Copied from orca.source_embedder
-def source_embedder(net: nn.Module) -> nn.Module:
-    """f^s: the body's own, frozen: token ids (B, L) or images (B, 3, S, S) in 0..1 -> (B, N, D)."""
-    if hasattr(net, "embeddings"):
-        return net.embeddings.requires_grad_(False).eval()
-    f_s = ImageEmbedder((3,), net)
-    mean, std = (torch.tensor(net.pretrained_cfg[key]) for key in ("mean", "std"))
-    f_s.mean, f_s.std = mean[:, None, None], std[:, None, None]
-    return f_s.requires_grad_(False).eval()
 
 
 class FrozenEmbedder(nn.Module):
@@ -340,7 +203,8 @@ class FrozenEmbedder(nn.Module):
     def __init__(self, x_shape: tuple, net: nn.Module, patches: int, **embedder):
         super().__init__()
         series = len(x_shape) == 2
-        own = (SeriesEmbedder if series else ImageEmbedder)(x_shape, net, patches, **embedder)
+        own = orca.SeriesEmbedder if series else orca.ImageEmbedder
+        own = own(x_shape, net, patches, **embedder)
         self.own, self.grid, self.coordinates = own, own.grid, own.coordinates
         D = own.conv.out_channels
         self.register_buffer("mean", own.mean.clone())
@@ -368,7 +232,7 @@ class FrozenEmbedder(nn.Module):
         x = (x - self.mean) / self.std
         if x.ndim == 4:
             return self.linear(self.own(x))
-        x = with_coordinates(x) if self.coordinates else x
+        x = orca.with_coordinates(x) if self.coordinates else x
         x = F.pad(x, (0, -x.shape[-1] % self.own.patch))
         low, high, count, _ = READ
         place = (x.clamp(low, high) - low) * ((count - 1) / (high - low))
@@ -409,19 +273,19 @@ class Predictor(nn.Module):
             self.inner = nn.ModuleList([nn.Sequential(nn.Linear(widths[0], HIDDEN), nn.GELU())])
             self.width, self.last = HIDDEN, nn.ModuleList([nn.Linear(HIDDEN, C)])
         elif len(size) == 1:
-            self.inner = nn.ModuleList(normed_linear(D, NARROW) for D in widths)
+            self.inner = nn.ModuleList(orca.normed_linear(D, NARROW) for D in widths)
             self.width = NARROW * maps[0][0][0]
             linear = nn.Linear(maps[0][0][0] * NARROW, math.prod(out_shape))
-            self.last = nn.ModuleList([zeros(linear)])
+            self.last = nn.ModuleList([orca.zeros(linear)])
         else:
             self.grids, fine = [grid for grid, _ in maps], maps[0][0][0]
             points = max(math.ceil(p / n) for p, n in zip(size, maps[0][0], strict=True))
             self.sides = [points * fine // grid[0] for grid in self.grids]
             slim = [min(D, HIDDEN) for D in widths]
-            inner = map(normed_linear, widths, slim)
+            inner = map(orca.normed_linear, widths, slim)
             self.inner = nn.ModuleList(nn.Sequential(layer, nn.GELU()) for layer in inner)
             last = (nn.Linear(d, C * p * p) for d, p in zip(slim, self.sides, strict=True))
-            self.last, self.width = nn.ModuleList(map(zeros, last)), sum(slim)
+            self.last, self.width = nn.ModuleList(map(orca.zeros, last)), sum(slim)
 
     def features(self, stages: list[Tensor]) -> Tensor:
         """d, standardised: [(B, N, D), ...] or [(B, h, w, D), ...] -> (B, M)."""
@@ -482,19 +346,6 @@ class Predictor(nn.Module):
         return self.mean + self.std * self.output(d)
 
 
-# Copied from orca.normed_linear
-def normed_linear(D: int, d: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, d))
-
-
-# Copied from orca.zeros
-def zeros(linear: nn.Linear) -> nn.Linear:
-    """Its weights set to 0, so that training starts from the mean of y."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
 # Adapted from orca.Model: d lies between g and h^t, and predictions can be those of perturbed d
 class Model(nn.Module):
     """m^t = h^t o g o f^t: what is trained, saved and used; x to predictions.
@@ -510,7 +361,7 @@ class Model(nn.Module):
         kind: str, encoder: str, noise: tuple, prediction: tuple, **embedder
     ):  # fmt: skip
         super().__init__()
-        own = SeriesEmbedder if len(x_shape) == 2 else ImageEmbedder
+        own = orca.SeriesEmbedder if len(x_shape) == 2 else orca.ImageEmbedder
         f_t = own if encoder == "task" else FrozenEmbedder
         self.f_t = f_t(x_shape, net, patches, **embedder)
         self.g = bodies.adapt(net, self.f_t.grid)
@@ -529,7 +380,7 @@ class Model(nn.Module):
     def perturbed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions from perturbed features, and their variance over the draws (N7)."""
         a, s = (level[1:] for level in self.levels)
-        return predict_perturbed(self.h_t, self.features(x), a, s, self.draws, self.kind)
+        return predict_perturbed(self.h_t, self.features(x), a, s, self.draws, self.kind)  # (N7)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.prediction == "normal" or self.training:
@@ -538,181 +389,6 @@ class Model(nn.Module):
 
 
 # ---- 6. The method -------------------------------------------------------------------------------
-
-
-def noise_levels(sigmas: list[float], T: int) -> tuple[Tensor, Tensor]:
-    """a and s of d^t = a d + s noise (N2): no noise first, then every sigma with t = 1..T.
-
-    Returns: a, s, (1 + K T,), a^2 + s^2 = 1.
-    """
-    sigma, t = torch.tensor(sigmas).double()[:, None], torch.arange(1, T + 1)
-    a = (1 - sigma**2) ** (t / 2)  # (N2)
-    a = torch.cat([torch.ones(1), a.flatten()])
-    return a.float(), (1 - a**2).sqrt().float()
-
-
-def noise_like(d: Tensor, rng: torch.Generator) -> Tensor:
-    """Standard normal, drawn on the CPU, so that every device has the same."""
-    return torch.randn(d.shape, generator=rng).to(d)
-
-
-def chain(d: Tensor, sigma: float, T: int, rng: torch.Generator) -> Tensor:
-    """d^1..d^T, each the one before with a little more noise (N1): (B, M) -> (T, B, M)."""
-    steps = []
-    for _ in range(T):
-        d = math.sqrt(1 - sigma**2) * d + sigma * noise_like(d, rng)  # (N1)
-        steps.append(d)
-    return torch.stack(steps)
-
-
-def perturb(d: Tensor, a: Tensor, s: Tensor, rng: torch.Generator) -> Tensor:
-    """d^t in one step (N2), of each row at its own level: (B, M), a and s (B,) -> (B, M)."""
-    return a[:, None] * d + s[:, None] * noise_like(d, rng)  # (N2)
-
-
-class Augmented:
-    """The augmented training set of stage 1: every d at every level of noise.
-
-    Drawn from on the fly, at levels picked at random (N2), so that N K T features are never in
-    memory; with whole=True they are made beforehand, by the chain (N1).
-    """
-
-    def __init__(self, d: Tensor, sigmas: list[float], T: int, rng: torch.Generator, whole=False):
-        self.d, self.rng, self.versions = d, rng, None
-        self.a, self.s = (level.to(d.device) for level in noise_levels(sigmas, T))
-        if whole:  # from the seed on, also where a broken run goes on
-            rng = torch.Generator().manual_seed(rng.initial_seed())
-            self.versions = torch.cat([d[None], *(chain(d, sigma, T, rng) for sigma in sigmas)])
-
-    def draw(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of the given rows with noise, (B, M), and its level a, s, (B,)."""
-        level = torch.randint(len(self.a), rows.shape, generator=self.rng).to(self.d.device)
-        a, s = self.a[level], self.s[level]
-        if self.versions is None:
-            return perturb(self.d[rows], a, s, self.rng), a, s
-        return self.versions[level, rows], a, s
-
-
-def label_weights(u: Tensor, y: Tensor, eps: float) -> Tensor:
-    """lambda_ij (N4), of a pair with different labels: the less these correlate, the larger.
-
-    Args:
-        u: what is correlated of each label, as vectors of length 1, (B, d).
-        y: labels, (B,). Correlations below 0 count as 0.
-    Returns: (B, B), 1 for equal labels, 1..(1 + 1 / eps) else.
-    Source: slide 35, which leaves a factor open: 1 + eps makes it 1 for labels that correlate by 1.
-    """
-    lam = (1 + eps) / ((u @ u.T).clamp(0, 1) + eps)  # (N4)
-    return torch.where(y[:, None] == y, 1.0, lam)
-
-
-def contrastive_loss(
-    z: Tensor, y: Tensor, lam: Tensor, P: Tensor, tau: float, kind: str = "inner"
-) -> tuple[Tensor, float]:
-    """The loss of stage 2 (N3): outputs alike for equal labels, unlike for different ones.
-
-    Args:
-        z, y: outputs (B, d) and labels (B,); lam: (N4), (B, B); P: label preserved (N5), (B,).
-        kind: "inner": the sum over pairs inside the logarithm, as on the slide, of exp(cos / tau)
-            and without pairs of a point with itself; "outer": the mean over pairs outside of it,
-            SupCon's L_out; "literal": the slide's formula, of cosines, where tau plays no part.
-        tau: 0.05 or more, else single precision does not reach.
-    Returns: the mean over the classes with two points or more, 0 or more for "inner" and "outer";
-        the share of classes left out as their "literal" loss is the logarithm of no positive
-        number (cosines can be negative), or a division by none.
-    Raises: ValueError if no class has two points.
-    Source: slide 35; Khosla et al. 2020, Supervised Contrastive Learning, eq. 2 and 3.
-    """
-    _, y, count = y.unique(return_inverse=True, return_counts=True)
-    member = F.one_hot(y).T.bool()[count > 1]  # (K, B)
-    if not len(member):
-        raise ValueError("no two points of the batch have one label; give a larger batch")
-    z, w = F.normalize(z, dim=1), P[:, None] * P
-    cos, same = z @ z.T, y[:, None] == y  # (B, B)
-    if kind == "literal":
-        e = w * cos
-    else:  # without pairs of a point with itself; divided by exp(1 / tau), so that none overflows
-        w = (P.clamp(min=1e-6)[:, None] * P.clamp(min=1e-6)).fill_diagonal_(0)
-        e = w * ((cos - 1) / tau).exp()
-    top, bottom = (e * same).sum(dim=1), (e * lam).sum(dim=1)  # (B,)
-    if kind == "outer":
-        share = w * same / (w * same).sum(dim=1, keepdim=True).clamp(min=1e-30)
-        pairs = torch.where(share > 0, w, 1.0).log() + (cos - 1) / tau
-        weight = member * P.clamp(min=1e-6)
-        weight = weight / weight.sum(dim=1, keepdim=True)
-        return (weight @ (bottom.log() - (share * pairs).sum(dim=1))).mean(), 0.0
-    top, bottom = member.to(e) @ top, member.to(e) @ bottom  # (K,)
-    defined = (top > 0) & (bottom > 0)
-    if not defined.any():
-        return 0 * cos.sum(), 1.0
-    loss = bottom[defined].log() - top[defined].log()  # (N3)
-    return loss.mean(), 1 - float(defined.float().mean())
-
-
-def margin(scores: Tensor, y: Tensor) -> Tensor:
-    """By how much the score of the label y exceeds the best other: (B, K), (B,) -> (B,)."""
-    own = scores.gather(1, y[:, None])
-    return (own - scores.scatter(1, y[:, None], -math.inf).amax(dim=1, keepdim=True)).squeeze(1)
-
-
-def kept_by_margin(scores: Callable, d: Tensor, y: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """P that d~ = a d + s noise still has the label of d (N5): the share of noise that does not use
-    up the margin, taken to be linear around a d, the mean of d~.
-
-    Args:
-        scores: a function from features (B, M) to the scores of K labels.
-        d, y: features and labels (B,); a, s: the level of noise of each, (B,).
-    Returns: (B,) in [0, 1], without a gradient; 1 where s is 0.
-    Source: slide 36. Differs: the slide's form (kept_by_jacobian) takes a change of the scores in
-        any direction for one that uses up the margin, and finds far too few labels kept.
-    """
-    with torch.enable_grad():
-        mean = (a[:, None] * d).detach().requires_grad_()
-        m = margin(scores(mean), y)
-        (slope,) = torch.autograd.grad(m.sum(), mean)
-    P = torch.special.ndtr(m / (s * slope.norm(dim=1)).clamp(min=1e-12))  # (N5)
-    return torch.where(s > 0, P, 1.0).detach()
-
-
-def kept_by_jacobian(h: Callable, d: Tensor, noisy: Tensor, C: Tensor | float, soft=False):
-    """P by the first-order change |J (d~ - d)| of the output of h (N5), without a gradient.
-
-    Args:
-        C: the change that is too much: the margin of each (B,), or a tolerance.
-        soft: exp(-change^2 / (2 C^2)), for outputs without labels; else 1 - change / C, cut to
-            [0, 1], as slide 36 has it.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch.func, about itself
-        _, change = torch.func.jvp(h, (d.detach(),), ((noisy - d).detach(),))
-    ratio = change.norm(dim=1).detach() / torch.as_tensor(C).detach().clamp(min=1e-12)  # 0: clean
-    return torch.exp(-(ratio**2) / 2) if soft else (1 - ratio).clamp(0, 1)  # (N5)
-
-
-def predict_perturbed(
-    h: Callable, d: Tensor, a: Tensor, s: Tensor, draws: int, kind: str
-) -> tuple[Tensor, Tensor]:
-    """y = E[h(d~)] (N7): the mean over draws of noise, of probabilities where there are classes.
-
-    Args:
-        a, s: the levels of noise; the draws go through them in turn. The noise is the same for
-            every sample and call, so that a prediction depends on x alone.
-        kind: of the task; "classes", "labels" and "mask" are averaged as probabilities.
-    Returns: predictions as h gives them (logarithms of the mean probabilities); the variance over
-        the draws of what was averaged, of the same shape.
-    """
-    rng, total, squares = torch.Generator().manual_seed(0), 0.0, 0.0
-    for i in range(draws):
-        noise = torch.randn(d.shape[1], generator=rng).to(d)
-        out = h(a[i % len(a)] * d + s[i % len(a)] * noise)
-        if kind != "regression":
-            out = out.softmax(dim=1) if kind == "classes" else out.sigmoid()
-        total, squares = total + out, squares + out.square()
-    mean = total / draws  # (N7)
-    variance = (squares / draws - mean.square()).clamp(min=0)
-    if kind != "regression":
-        mean = mean.clamp(1e-7, 1).log() if kind == "classes" else mean.logit(1e-7)
-    return mean, variance
 
 
 class Contrast(nn.Module):
@@ -762,31 +438,6 @@ class Contrast(nn.Module):
             return kept_by_jacobian(scores, d, noisy, margin(scores(d), y))
 
 
-def coarse(y: Tensor) -> Tensor:
-    """A target or output as about OUTPUT numbers: (B, K), (B, C, L), (B, C, H, W) -> (B, d)."""
-    if y.ndim == 3:
-        y = F.adaptive_avg_pool1d(y, min(OUTPUT, y.shape[2]))
-    if y.ndim == 4:
-        y = F.adaptive_avg_pool2d(y, math.isqrt(OUTPUT))
-    return y.flatten(1)
-
-
-def directions(task: tasks.Task, rows: list[int], y: Tensor, d: Tensor) -> Tensor:
-    """What correlates of the labels (N4), as vectors of length 1: (n, d).
-
-    Classes are names, which correlate with nothing: their mean features stand for them. Several
-    labels at once, and values, are taken as they are, less their mean and over their deviation.
-    """
-    if task.kind == "classes":
-        member = F.one_hot(y).T.float()
-        v = ((member @ d) / member.sum(dim=1, keepdim=True))[y]
-    else:
-        v = torch.stack([torch.as_tensor(task.train[row][1]) for row in rows])
-        v = coarse(torch.nan_to_num(v.float())).to(d.device)
-        v = (v - v.mean(dim=0)) / v.std(dim=0, correction=0).clamp(min=1e-6)
-    return F.normalize(v, dim=1)
-
-
 # Adapted from orca.freeze: the three options of slide 37
 def freeze(model: Model, what: str) -> None:
     """Fix the weights that stage 3 is to leave as they are (slide 37)."""
@@ -798,112 +449,7 @@ def freeze(model: Model, what: str) -> None:
         projection.requires_grad_(True)
 
 
-# Copied from orca.distance_to
-def distance_to(
-    name: str, z_s: Tensor, y_s: Tensor, share: Tensor | None = None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """D of (O2): a function of the target's features and labels that knows the source's.
-
-    Args:
-        name: "otdd" (features and labels, slide 10), "otdd-gaussian" (labels as Gaussians),
-            "otdd-classwise" (as released), "mmd" (features, slide 40), or "l2" (the mean distance
-            of random pairs, as ORCA's baseline has it; not a distance of distributions).
-        z_s, y_s: source features (n, D) and classes (n,).
-        share: of each target class, (K,), adding up to 1; only "otdd-classwise" needs it.
-    Returns: a function (z_t (m, D), y_t (m,)) -> scalar, differentiable in z_t.
-    """
-    if name == "otdd":
-        return OTDD(z_s, y_s)
-    if name == "otdd-gaussian":
-        D = OTDD(z_s, y_s, label_distance="gaussian")
-        several = lambda y_t: y_t.bincount()[y_t] > 1  # noqa: E731 (one sample has no covariance)
-        return lambda z_t, y_t: D(z_t[several(y_t)], y_t[several(y_t)])
-    if name == "otdd-classwise":
-        return lambda z_t, y_t: classwise(z_s, y_s, z_t, y_t, share)
-    if name == "mmd":
-        return lambda z_t, y_t: mmd2(z_s, z_t)
-
-    def l2(z_t: Tensor, y_t: Tensor) -> Tensor:
-        pairs = torch.randint(len(z_s), (len(z_t),)).to(z_s.device)
-        return (z_t - z_s[pairs]).norm(dim=1).mean()
-
-    return l2
-
-
-# Copied from orca.classwise
-def classwise(z_s: Tensor, y_s: Tensor, z_t: Tensor, y_t: Tensor, share: Tensor) -> Tensor:
-    """The released D (O4): OTDD of each target class by itself with all of the source.
-
-    With a single target class c, the label term of d_Z is W(y_i, c): it depends on the source
-    sample alone, whose weight in any plan is 1/n. So it adds the same to all plans: pi, and with it
-    the gradient, is that of the features, whatever the labels of the source are.
-    """
-    total = z_t.new_zeros(())
-    for c in y_t.unique():
-        z_c = z_t[y_t == c]
-        with torch.no_grad():  # detached, as released
-            const = label_distances(z_s, y_s, z_c, torch.zeros_like(y_t[: len(z_c)]))
-            const = const[y_s.unique(return_inverse=True)[1]].mean()
-        total = total + share[c] * (wasserstein(z_s, z_c) ** 2 + const)  # (O4)
-    return total
-
-
-# Copied from orca.separability
-def separability(z: Tensor, y: Tensor) -> float:
-    """Share of the variance of z (m, D) between the classes: 1 if each is a point; by chance
-    (K - 1) / (m - 1)."""
-    means = torch.stack([z[y == c].mean(dim=0) for c in y.unique()])
-    within = (z - means[y.unique(return_inverse=True)[1]]).square().sum()
-    return float(1 - within / (z - z.mean(dim=0)).square().sum().clamp(min=1e-30))
-
-
 # ---- 7. Training ---------------------------------------------------------------------------------
-
-
-# Copied from orca.align
-def align(
-    model: Model, z_s: Tensor, y_s: Tensor, task: tasks.Task, cfg: Config, record: Record
-) -> None:
-    """Stage 2 (O2): train f^t alone so that its features come close to the source's.
-
-    Args:
-        z_s, y_s: source features (n, D) and classes (n,), on the device of the model.
-        task: the target; without classes it lends those that k-means makes of y.
-    """
-    rng = torch.Generator().manual_seed(cfg.seed)
-    pool, labels = tasks.some_classes(task, cfg.seed)
-    D = distance_to(cfg.align, z_s, y_s, labels.bincount() / len(labels))
-    optimizer = run.optimizer_of(model.f_t.parameters(), cfg, cfg.align_lr, weight_decay=0.0)
-    drop = torch.optim.lr_scheduler.StepLR(optimizer, cfg.align_drop or cfg.align_epochs, gamma=0.2)
-    changing = {"f_t": model.f_t, "optimizer": optimizer, "drop": drop, "rng": rng}
-    for epoch in record.begin("align", cfg.align_epochs, **changing):
-        sums = torch.zeros(3)
-        for _ in range(cfg.align_steps_per_epoch):
-            rows = balanced_rows(labels, cfg.align_samples, rng)
-            z_t = embedded(model.f_t, task, [pool[row] for row in rows.tolist()], cfg)
-            y_t = labels[rows].to(z_s.device)
-            run.finite(float(z_t.detach().sum()), "embedded target", epoch, cfg.align_lr)
-            loss = D(z_t, y_t)  # (O2)
-            optimizer.zero_grad()
-            run.finite(loss.item(), "distance", epoch, cfg.align_lr)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.f_t.parameters(), math.inf)
-            run.finite(norm.item(), "gradient norm", epoch, cfg.align_lr)
-            optimizer.step()
-            sums += torch.tensor([loss.item(), norm.item(), separability(z_t.detach(), y_t)])
-        drop.step()
-        names = ("distance", "grad_norm", "separability")
-        values = dict(zip(names, (sums / cfg.align_steps_per_epoch).tolist(), strict=True))
-        record.log(epoch + 1, cfg.align_epochs, "align", **values)
-        record.end_epoch()
-    run.synchronise(model.f_t)
-
-
-# Copied from orca.embedded
-def embedded(f_t: nn.Module, task: tasks.Task, rows: list[int], cfg: Config) -> Tensor:
-    """What D sees of the given training samples: (m, D)."""
-    x_t = torch.stack([task.train[row][0] for row in rows])
-    return one_vector(f_t(x_t.to(next(f_t.parameters()).device)), cfg.align_features)
 
 
 @torch.no_grad()
@@ -971,22 +517,23 @@ def contrast(
     for epoch in record.begin("contrast", cfg.contrast_epochs, **changing):
         if data is None:  # only now model is what a broken run had
             d = features(model, task, rows)
-            data = Augmented(d, scales(cfg), cfg.noise_steps, rng, cfg.materialise)
+            data = Augmented(d, scales(cfg), cfg.noise_steps, rng, cfg.materialise)  # (N1)
             u = directions(task, rows, y, d)
         centres, sums = head.centres(data.d, y), torch.zeros(5)
         for _ in range(cfg.contrast_steps_per_epoch):
-            some = balanced_rows(labels, cfg.contrast_batch // 2, rng).repeat(2).to(device)
-            noisy, a, s = data.draw(some)
+            some = orca.balanced_rows(labels, cfg.contrast_batch // 2, rng).repeat(2).to(device)
+            noisy, a, s = data.draw(some)  # (N2)
             P = head.kept(data.d[some], noisy, y[some], a, s, centres)  # (N5)
-            lam, z = label_weights(u[some], y[some], cfg.lambda_eps), head(noisy)
-            loss, undefined = contrastive_loss(z, y[some], lam, P, cfg.tau, cfg.contrast)
+            lam, z = label_weights(u[some], y[some], cfg.lambda_eps), head(noisy)  # (N4)
+            loss, undefined = contrastive_loss(z, y[some], lam, P, cfg.tau, cfg.contrast)  # (N3)
             optimizer.zero_grad()
             run.finite(loss.item(), "contrastive loss", epoch, cfg.contrast_lr)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
             run.finite(norm.item(), "gradient norm", epoch, cfg.contrast_lr)
             optimizer.step()
-            values = (loss.detach(), norm, separability(z.detach(), y[some]), P.mean(), undefined)
+            apart = orca.separability(z.detach(), y[some])
+            values = (loss.detach(), norm, apart, P.mean(), undefined)
             sums += torch.tensor([float(value) for value in values])
         names = ("contrast", "grad_norm", "separability", "preserved", "undefined")
         values = dict(zip(names, (sums / cfg.contrast_steps_per_epoch).tolist(), strict=True))
@@ -1028,7 +575,7 @@ def finetune(model: Model, task: tasks.Task, cfg: Config, record: Record) -> flo
             loss, norm = run.update(trained, optimizer, schedule, scaler, loss, cfg.clip)
             record.step(schedule.last_epoch - 1, lr, loss, norm)
             record.add(loss=loss / len(loader), norm=norm / len(loader))
-        error = evaluate(model, "val", task, cfg)
+        error = orca.evaluate(model, "val", task, cfg)
         means = {"train_loss": record.sums["loss"], "grad_norm": record.sums["norm"]}
         record.log(epoch + 1, cfg.epochs, "finetune", lr=lr, **means, val_error=error)
         record.end_epoch(error, model)
@@ -1036,21 +583,6 @@ def finetune(model: Model, task: tasks.Task, cfg: Config, record: Record) -> flo
 
 
 # ---- 8. Evaluation -------------------------------------------------------------------------------
-
-
-# Copied from orca.evaluate
-@torch.no_grad()
-def evaluate(model: nn.Module, split: str, task: tasks.Task, cfg: Config) -> float:
-    """The task's error on all predictions for a split at once."""
-    dataset, device = getattr(task, split), next(model.parameters()).device
-    model.eval()
-    out, labels = [], []
-    for x, y in run.split(dataset):
-        with autocast(device, cfg.precision):
-            out.append(model(x.to(device)).float().cpu())
-        labels.append(y)
-    out, labels = (run.whole(torch.cat(part), len(dataset)) for part in (out, labels))
-    return task.metric(*tasks.pooled(dataset, out, labels))
 
 
 @torch.no_grad()
@@ -1063,7 +595,7 @@ def evaluate_both(model: Model, task: tasks.Task, cfg: Config) -> dict[str, floa
     errors, device, variance = {}, next(model.parameters()).device, []
     for kind in ("normal", "perturbed"):
         model.prediction = kind
-        errors[f"test_error_{kind}"] = evaluate(model, "test", task, cfg)
+        errors[f"test_error_{kind}"] = orca.evaluate(model, "test", task, cfg)
     model.prediction = cfg.prediction
     scale = model.h_t.std.clamp(min=1e-12) if task.kind == "regression" else 1.0
     for x, _ in run.split(task.test):
@@ -1097,7 +629,7 @@ def main(cfg: Config) -> dict:
     device = next(model.parameters()).device
     rows, labels = labelled(model, task, cfg)
     if cfg.align != "none":
-        source = load_source(cfg.source, cfg, tokenize)
+        source = orca.load_source(cfg.source, cfg, tokenize)
     out = run.open_run(cfg, METHOD)
     record = Record(out, cfg, METHOD, start)
     if record.result:
@@ -1105,8 +637,9 @@ def main(cfg: Config) -> dict:
     run.describe(cfg, METHOD, task, model, out, {**shape, "body": bodies.describe(net)})
 
     if cfg.align != "none":
-        z_s = source_features(source_embedder(net).to(device), source, device, cfg.align_features)
-        align(model, z_s, source.y.to(device), task, cfg, record)
+        f_s = orca.source_embedder(net).to(device)
+        z_s = orca.source_features(f_s, source, device, cfg.align_features)
+        orca.align(model, z_s, source.y.to(device), task, cfg, record)
     contrast(model, task, rows, labels, cfg, record)  # stages 1 and 2
     val_error = finetune(model, task, cfg, record)  # stage 3
     run.load_weights(model, out / "model.safetensors")
@@ -1122,10 +655,11 @@ def build(cfg: Config) -> tuple:
     device, sigmas = run.start(cfg), scales(cfg)
     which = (cfg.task, cfg.data, cfg.data_dir, cfg.seed, cfg.train_size or None, cfg.published)
     task = tasks.load_task(*which)
-    cfg = resolve(cfg, task)
+    cfg = orca.resolve(cfg, task)
     batch = 512 if len(task.out_shape) == 1 else 128
     preserve = "margin" if task.kind in ("classes", "labels") else "jacobian"
-    given = {"align_lr": ALIGN_LR[len(task.x_shape)], "contrast_batch": batch, "preserve": preserve}
+    given = {"contrast_batch": batch, "preserve": preserve}
+    given["align_lr"] = orca.ALIGN_LR[len(task.x_shape)]
     cfg = replace(cfg, **{key: getattr(cfg, key) or value for key, value in given.items()})
     net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
     shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
@@ -1145,21 +679,11 @@ def scales(cfg: Config) -> list[float]:
     """The sigma_i of --sigmas."""
     try:
         sigmas = [float(part) for part in cfg.sigmas.split(",")]
-        if not all(0 <= sigma < 1 for sigma in sigmas):
-            raise ValueError
     except ValueError:
-        raise ValueError(
-            f"--sigmas {cfg.sigmas}: expected numbers of 0..1, without 1, as in 0.05,0.1,0.2"
-        ) from None
+        sigmas = [math.nan]
+    if not all(0 <= sigma < 1 for sigma in sigmas):
+        raise ValueError(f"--sigmas {cfg.sigmas}: expected numbers of 0..1, not 1, as 0.05,0.1")
     return sigmas
-
-
-# Copied from orca.load_source
-def load_source(name: str, cfg: Config, tokenize: Callable | None) -> tasks.Source:
-    """Samples of a source, of the size that suits the body."""
-    size = {"length": WINDOW, "size": 4 * math.isqrt(cfg.patches)}
-    rest = (cfg.source_size, cfg.seed, cfg.data_dir)
-    return tasks.load_source(name, *rest, tokenize=tokenize, **size)
 
 
 # Copied from orca.parse_args

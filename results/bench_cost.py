@@ -48,7 +48,8 @@ from bench_gpu import peak_gb, shrink  # noqa: E402
 from bench_otdd import data  # noqa: E402
 from collect import read, write  # noqa: E402
 
-import run  # noqa: E402 (the repository's root has to be on the path first)
+import orca  # noqa: E402 (the repository's root has to be on the path first)
+import run  # noqa: E402
 import tasks  # noqa: E402
 from mmd import mmd2  # noqa: E402
 from otdd import otdd  # noqa: E402
@@ -122,9 +123,9 @@ def watched(method: str, given: dict) -> tuple[Counter, dict[str, float]]:
     owners = {"save": run.Record, "some_classes": tasks}
     owners |= dict.fromkeys(("save_weights", "finish", "update"), run)
     for name in (*CALLS, "balanced_rows", "separability", "update"):
-        owner = owners.get(name, module)
-        if hasattr(owner, name):
-            logged(owner, name, events)
+        for owner in {owners.get(name, module), orca}:  # from which the others take some
+            if hasattr(owner, name):
+                logged(owner, name, events)
     given = {key: value for key, value in given.items() if hasattr(module.Config, key)}
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(None):
         module.main(module.configure(**given, **own, device="cpu", out=out))

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import orca
 import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,8 +101,8 @@ def test_a_signal_stops_the_run_where_it_can_go_on_to_the_same_end(
     script, signum, place, unbroken, series, tmp_path, monkeypatch, capsys
 ):
     out, module = tmp_path / "run", importlib.import_module(script)
-    holder = run if place == "train" else module
     name = PLACES.get(place, "label_weights")  # which stage "contrast" asks for at every step
+    holder = next(m for m in (run, module, orca) if hasattr(m, name))  # who is asked for it
     function, calls = getattr(holder, name), [0]
 
     def interrupted(*args):
@@ -308,7 +309,7 @@ def test_a_run_that_diverges_stops_and_its_checkpoint_stays(
 ):
     """The distance of the alignment, the loss or a gradient of fine-tuning is NaN, once."""
     out, module, calls, kept = tmp_path / "run", importlib.import_module(script), [0], []
-    update, distance_to = run.update, module.distance_to
+    update, distance_to = run.update, orca.distance_to
 
     def bad(call):
         calls[0] += 1
@@ -331,7 +332,7 @@ def test_a_run_that_diverges_stops_and_its_checkpoint_stays(
     argv = [x for k, v in SHORT.items() for x in ("--" + k.replace("_", "-"), str(v))]
     argv += ["--task", str(series), "--align", "mmd", "--out", str(out)]
     if where == "distance":
-        monkeypatch.setattr(module, "distance_to", faulty_distance)
+        monkeypatch.setattr(orca, "distance_to", faulty_distance)
     else:
         monkeypatch.setattr(run, "update", faulty_update)
     assert module.cli(argv) == 3
