@@ -3,6 +3,7 @@
 import csv
 import importlib
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -407,6 +408,7 @@ ALL = {  # the name of a run in results/all_tasks.py: what the table calls it
     "proposed": "proposed",
 }
 SIMPLE = ("trivial", "linear, 1-NN")
+LR_TASKS = ("diffusion_reaction_1d", "burgers", "advection")  # of results/align_lr.sh
 
 
 def all_errors(name: str = "all_tasks.csv") -> dict[str, dict[str, dict[str, float]]]:
@@ -479,6 +481,49 @@ def ranks() -> str:
     return markdown([*head, "better than NFT on", "p (Holm)"], lines)
 
 
+def lost() -> str:
+    """The PDE tasks: what alignment takes out of f^t(x), beside what it does to the error."""
+    import tasks
+
+    measures = ("lost_before", "lost_after", "gain_before", "gain_after")
+    found: dict[str, list[list[float]]] = {}
+    for row in rows("lost.csv"):
+        found.setdefault(row["task"], []).append([float(row[name]) for name in measures])
+    errors, lines = all_errors(), []
+    for task in tasks.PDES:
+        before, after, *gains = map(statistics.mean, zip(*found[task], strict=True))
+        nft, orca = (statistics.mean(errors[task][m].values()) for m in ("NFT", "ORCA (otdd)"))
+        cells = [f"{before:.1%}", f"{after:.1%}", f"{after / before:.1f}"]
+        cells += [*(f"{gain:.2f}" for gain in gains), f"{orca / nft:.2f}"]
+        lines.append((after / before, [task, *cells]))
+    head = ["task", "not read, before", "after", "factor", "product / bias, before", "after"]
+    lines = [cells for _, cells in sorted(lines, reverse=True)]
+    return markdown([*head, "error of ORCA (otdd) / NFT's"], lines)
+
+
+def align_lr() -> str:
+    """NFT and ORCA with steps of several lengths in the alignment: the errors, and who wins."""
+    errors: dict[str, dict[str, dict[str, float]]] = {}
+    for row in [*rows("all_tasks.csv"), *rows("align_lr.csv")]:
+        other = re.search("freeze|random:|classwise|mmd", row["command"])
+        if row["task"] in LR_TASKS and row["method"] == "orca" and not other:
+            lr = re.search(r"--align-lr (\S+)", row["command"])
+            setting = "NFT" if row["align"] == "none" else lr.group(1) if lr else "1e-3"
+            found = errors.setdefault(row["task"], {}).setdefault(setting, {})
+            found[row["seed"]] = float(row["test_error"])
+    lines = []
+    for task in LR_TASKS:
+        nft, cells = errors[task]["NFT"], []
+        for setting in ("NFT", "1e-3", "1e-4", "1e-9"):
+            found = errors[task][setting]
+            mean, deviation = statistics.mean(found.values()), statistics.stdev(found.values())
+            text = f"{digits(mean)} ({deviation:.1g})"
+            worse = sum(error > nft[seed] for seed, error in found.items())
+            cells.append(text if setting == "NFT" else f"{text}; {worse} of {len(found)}")
+        lines.append([task, *cells])
+    return markdown(["task", "NFT", "ORCA, steps of 1e-3", "of 1e-4", "of 1e-9"], lines)
+
+
 def figure(path: Path) -> None:
     """Errors over the mean error of NFT, a row a task: mean and range of the seeds."""
     import matplotlib
@@ -513,4 +558,5 @@ def figure(path: Path) -> None:
 if __name__ == "__main__":
     print(satellite(), crop(), nas_bench(), study(), pdebench(), pde_long(), sep="\n\n")
     print("", pare_ablation(), unrest(), proposed(), all_tasks(), ranks(), sep="\n\n")
+    print("", lost(), align_lr(), sep="\n\n")
     figure(RESULTS / "all_tasks.png")

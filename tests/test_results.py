@@ -78,6 +78,7 @@ def test_the_readme_s_tables_are_the_rows_in_results():
     assert table.published(tasks.NAMES[10:], table.COMPARABLE) in text
     assert table.fno() in text and table.faults() in text
     assert table.all_tasks() in text and table.ranks() in text and table.real() in text
+    assert table.lost() in text and table.align_lr() in text
     assert table.pdebench() in text and table.pde_long() in text and table.study() in text
     assert table.pare_ablation() in text and table.unrest() in text and table.proposed() in text
 
