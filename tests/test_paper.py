@@ -216,7 +216,7 @@ def test_print_config_from_the_shell(script):
 def test_series_become_the_published_number_of_tokens(script, task):
     (C, L), N = SHAPES[task]
     cfg = SCRIPTS[script].configure(task=task, paper=True)
-    p = SCRIPTS[script].patch_length(L, cfg.patches)
+    p = orca.patch_length(L, cfg.patches)  # which pare repeats, and proposed takes
     assert (p, L // p, L % p) == (L // N, N, 0) and N <= 512
     kernel = {"ecg": 20, "satellite": 1, "deepsea": 2, "advection": 1, "burgers": 2}
     kernel |= {"diffusion_reaction_1d": 4, "diffusion_sorption": 32, "navier_stokes_1d": 8}
