@@ -60,13 +60,12 @@ from torch.nn import functional as F
 import bodies
 import run
 import tasks
-from orca import align, source_features
+from orca import ALIGN, ALIGN_LR, align, source_features
 from run import Record, Settings, autocast, opt
 from tasks import papers
 
 # B batch, C channels, L length or H x W, N patches, D width of the body, K classes
 METHOD = "pare"
-ALIGN = ("otdd", "otdd-classwise", "otdd-gaussian", "mmd", "l2", "none")
 GATES = ("shared", "separate", "random", "none")
 WINDOW = 64  # tokens of a source sample
 NARROW = 32  # numbers of a patch from which h^t makes the points of a series
@@ -133,7 +132,6 @@ EPOCHS |= dict.fromkeys(tasks.PDES, 20)
 EPOCHS |= dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), 13)
 PATCHES = {"cosmic": 1024, "ecg": 50, "deepsea": 50}
 ALIGN_SAMPLES = {"psicov": 96}
-ALIGN_LR = {2: 1e-3, 3: 1e-4}  # by the length of x_shape, as in orca.py
 
 # The published settings: ORCA's but for these. k0, k_end and w are the source's share in training.
 BODY = {True: {"body": bodies.ROBERTA_BASE}, False: {"body": bodies.SWIN_BASE}}

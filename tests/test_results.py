@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import tasks
 
@@ -81,6 +82,21 @@ def test_the_readme_s_tables_are_the_rows_in_results():
     assert table.lost() in text and table.align_lr() in text
     assert table.pdebench() in text and table.pde_long() in text and table.study() in text
     assert table.pare_ablation() in text and table.unrest() in text and table.proposed() in text
+
+
+def test_what_the_readme_says_of_alignment_in_1d_is_what_the_rows_say():
+    table, numbers = script("table"), []
+    for line in table.lost().splitlines()[2:]:
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        numbers.append((float(cells[3]), float(cells[-1])))
+    assert stats.spearmanr(*zip(*numbers, strict=True))[0] == pytest.approx(0.95, abs=0.02)
+    first = [row for row in table.rows("lost.csv") if row["task"] in table.LR_TASKS]
+    for when, low, high in (("before", 0.49, 0.51), ("after", 0.23, 0.30)):
+        for task in table.LR_TASKS:
+            moved = [float(row[f"doubled_{when}"]) for row in first if row["task"] == task]
+            assert low < sum(moved) / len(moved) < high
+    text = table.align_lr()
+    assert text.count("8 of 8") == 3 and sum(map(int, re.findall(r"(\d) of 8 \|", text))) == 24 + 17
 
 
 def test_the_readme_s_tables_of_cost_are_the_rows_in_results():
