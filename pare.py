@@ -3,9 +3,9 @@ r"""PaRe: patch replacement. Fine-tune through a modality halfway between source
 
 As in ORCA, a target model m^t = h^t o g o f^t is put together from a new embedder, a pretrained
 body and a new predictor. While it is fine-tuned, a gate scores the patches of source and target,
-and the k least important target patches make way for the k most important source patches. The
-mixture has to be recognised as both. k falls from k0 to 0 over the epochs, so that the body moves
-from what it knows to what it is to learn.
+and the k target patches with the lowest scores are replaced by the k source patches with the
+highest. From the mixture, both labels are to be predicted. k falls from k0 to 0 over the epochs, so
+that the body moves from what it knows to what it has to learn.
 
     (P1)  s = sigmoid(F_C(z)), a score for every patch of z^s and z^t            slide 25
     (P2)  k = k_end + (k0 - k_end) (1 - e/E), epochs e = 0..E, k_end = 0         slide 26
@@ -22,14 +22,14 @@ Generation, ICML 2024 (arXiv 2406.09003).
     python pare.py --task satellite                     simulated data, tiny body, no network
     python pare.py --task satellite --k0 0              without replacement: plain fine-tuning
     python pare.py --task cosmic                        images with a mask to predict
-    python pare.py --task satellite --align otdd        after ORCA's alignment of f^t
+    python pare.py --task satellite --f-t RUN           f^t aligned beforehand, by orca.py in RUN
     python pare.py --task mine.npz --device cuda        arrays x_train, y_train, x_test, y_test
     python pare.py --task satellite --paper             real data, roberta-base, published settings
-Baselines are settings of orca.py, from which --align is imported; f^t and h^t are repeated here.
+Baselines are settings of orca.py.
 
-You should see k and lambda fall to 0 while the error falls; the last line is the result. Everything
-is written to runs/pare-TASK-SEED. Gate, f^s and h^s are needed for training alone: the saved model
-is m^t.
+You should see k and lambda fall to 0 while the error falls. The last line is the result; everything
+is written to runs/pare-TASK-SEED. Only training needs the gate, f^s and h^s: the saved model is
+m^t.
 
 Differences from the published code:
  1. The k lowest-scored target patches are replaced, as the paper says; after its first epochs the
@@ -49,7 +49,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,8 +59,7 @@ from torch.nn import functional as F
 import bodies
 import run
 import tasks
-from orca import ALIGN, ALIGN_LR, align, source_features
-from run import Record, Settings, autocast, opt
+from run import Record, Settings, opt
 from tasks import papers
 
 # B batch, C channels, L length or H x W, N patches, D width of the body, K classes
@@ -76,136 +74,30 @@ NARROW = 32  # numbers of a patch from which h^t makes the points of a series
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Every setting of a run. The command line wins over a task's preset, and that over these."""
+    """The settings of PaRe, beside those that all methods share (run.Settings)."""
 
-    # what to run on
-    task: str = opt("satellite", f"{', '.join(tasks.NAMES)}, or your own FILE.npz")
-    data: str = opt("simulated", "where the task's data come from", ("simulated", "real"))
-    data_dir: str = opt("data", "directory of the real data")
-    published: bool = opt(False, "PDE tasks: the papers' grid, times and inputs")
-    train_size: int = opt(0, "training samples; 0: the task's own number", low=0)
-    paper: bool = opt(False, "the paper's setting: real data, large bodies, published values")
-    # the parts (slides 6 to 8)
-    body: str = opt("", "folder or hub name of g; random:NAME: untrained; default: the tiny one")
-    source: str = opt("", "source data set; default: the task's", tasks.SOURCES)
-    source_size: int = opt(2000, "source samples", low=2)
-    patches: int = opt(0, "N at most, 0: 32 for series, 256 (16 x 16) for images", low=0)
-    embedder_init: str = opt("body", "what f^t starts from", ("body", "random"))
-    coordinates: bool = opt(False, "give f^t the place of each point, as further channels of x")
-    # alignment of f^t beforehand, as in orca.py (slide 9)
-    align: str = opt("none", "distance D to minimise", ALIGN)
-    align_features: str = opt("mean", "what D sees of a sample", ("mean", "random-patch"))
-    align_epochs: int = opt(20, "epochs of it", low=1)
-    align_steps_per_epoch: int = opt(3, "steps in each", low=1)
-    align_lr: float = opt(0.0, "its learning rate, 0: 1e-3 for series, 1e-4 for images", low=0)
-    align_drop: int = opt(0, "epochs after which that falls to a fifth, again and again", low=0)
-    align_samples: int = opt(384, "target samples a step, balanced over the classes", low=2)
     # patch replacement (slides 25 to 27)
-    gate: str = opt("shared", "F_C: one for both, two; random or no scores", GATES)
-    select: str = opt("top", "the k best, or sampled by their scores", ("top", "gumbel"))
-    replace: str = opt("lowest", "which target patches make way", ("lowest", "highest"))
-    k0: int = opt(-1, "patches replaced in the first epoch; 0: none; -1: 70 % of them", low=-1)
-    k_end: int = opt(0, "and in the last", low=0)
-    k_by: str = opt("epoch", "how often k changes", ("epoch", "step"))
+    k0: int = opt(-1, "patches replaced in the first epoch; -1: 70 % of them", low=-1)
+    k_end: int = opt(0, "patches replaced in the last epoch", low=0)
+    gate: str = opt("shared", "form of the gate F_C; random and none are its baselines", GATES)
+    select: str = opt("top", "choice of the k best: exact or by sampling", ("top", "gumbel"))
+    replace: str = opt("lowest", "scores of the patches that are replaced", ("lowest", "highest"))
     lam: str = opt("k/k0", "weight lambda of the source's loss in L_mix", ("k/k0", "k/N"))
     mix_weight: float = opt(0.3, "weight w of L_mix beside the plain target loss", low=0)
-    plain_target_loss: str = opt("on", "off: L_mix alone, as slide 27 has it", ("on", "off"))
+    plain_target_loss: str = opt("on", "off: L_mix alone, as on slide 27", ("on", "off"))
     source_labels: str = opt("on", "off: L_mix without L_src", ("on", "off"))
-    # fine-tuning (slide 6)
-    epochs: int = opt(15, "epochs", low=1)
-    batch_size: int = opt(32, "samples a step, of all processes and parts together", low=1)
-    accumulate: int = opt(1, "parts in which a process takes its batch, to save memory", low=1)
-    optimizer: str = opt("adamw", "of all stages", ("adamw", "adam", "sgd"))
-    lr: float = opt(2e-3, "peak learning rate", low=0)
-    weight_decay: float = opt(0.01, "of the optimiser", low=0)
-    momentum: float = opt(0.9, "of SGD", low=0)
-    beta2: float = opt(0.999, "of AdamW and Adam", low=0)
-    warmup: float = opt(0.1, "share of the schedule in which the learning rate rises", (), 0, 1)
-    schedule_epochs: int = opt(0, "epochs until it would be 0 again; 0: `epochs`", low=0)
-    clip: float = opt(1.0, "largest norm of a gradient; 0: any", low=0)
+    f_t: str = opt("", "folder of a run of orca.py, from whose aligned f^t to start (slide 38)")
 
 
-# What a task changes: here on the embedded data, below in the paper's setting.
-EPOCHS = {"cifar100": 8, "spherical": 8, "darcy": 10, "psicov": 27, "cosmic": 7}
-EPOCHS |= {"ninapro": 8, "fsd50k": 8, "ecg": 10, "deepsea": 4}
-EPOCHS |= dict.fromkeys(tasks.PDES, 20)
-EPOCHS |= dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), 13)
-PATCHES = {"cosmic": 1024, "ecg": 50, "deepsea": 50}
-ALIGN_SAMPLES = {"psicov": 96}
-
-# The published settings: ORCA's but for these. k0, k_end and w are the source's share in training.
-BODY = {True: {"body": bodies.ROBERTA_BASE}, False: {"body": bodies.SWIN_BASE}}
-CLASSES = {"k0": 2000, "k_end": 525, "mix_weight": 1.0}  # images with classes or labels
-FIELDS = {"k0": 1000, "k_end": 505, "mix_weight": 0.3}  # images with dense targets
-FIELDS |= {"source": "voc", "source_size": 1464}  # all images of its training set that have masks
-TEXT = {"k0": 32, "k_end": 0, "mix_weight": 0.1}  # series
-PARE = {
-    "cifar100": CLASSES,
-    "spherical": CLASSES | {"source": "tiny_imagenet", "accumulate": 8},
-    "darcy": FIELDS,
-    "psicov": FIELDS,  # k0 and k_end were not published
-    "cosmic": FIELDS | {"k0": 500, "k_end": 8},
-    "ninapro": CLASSES
-    | {"accumulate": 2, "weight_decay": 1e-5 / 2, "clip": 0.5},  # of a sum of two
-    "fsd50k": CLASSES | {"lr": 3e-5, "k_end": 515},
-    "ecg": TEXT
-    | {"optimizer": "adamw", "lr": 3e-5, "weight_decay": 0.1, "accumulate": 1, "k_end": 2},
-    "satellite": TEXT | {"accumulate": 1},
-    "deepsea": TEXT | {"epochs": 25, "k_end": 1},
-    # PaRe's settings for PDEs were not published: those of the same kind of task
-    **dict.fromkeys(("advection", "burgers", "diffusion_reaction_1d", "navier_stokes_1d"), TEXT),
-    "diffusion_sorption": TEXT | {"k0": 22},  # of 32 patches
-    **dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), FIELDS),
-}
-PRESETS = {
-    task: row | BODY[task in papers.SERIES] | {"lam": "k/N"} | PARE[task]
-    for task, row in papers.ORCA.items()
-}
-
-
-# Copied from orca.configure
 def configure(**given) -> Config:
-    """Defaults < preset of the task, with paper=True < what is given."""
-    task, paper = given.get("task", "satellite"), given.get("paper")
-    embedded = {"epochs": EPOCHS.get(task, Config.epochs), "patches": PATCHES.get(task, 0)}
-    embedded |= {"align_samples": ALIGN_SAMPLES.get(task, Config.align_samples)}
-    if paper and task not in PRESETS:
-        raise ValueError(f"--paper has no settings for '{task}'; it has {', '.join(PRESETS)}")
-    return Config(**{**(PRESETS[task] if paper else embedded), **given})
+    """The settings: defaults, then the papers' values with paper=True, then what is given."""
+    return run.configure(Config, papers.PARE, given)
 
 
-# Copied from orca.resolve
-def resolve(cfg: Config, task: tasks.Task) -> Config:
-    """Body, source and number of patches as they suit the task, where none was asked for."""
-    axes = len(task.x_shape)
-    parts = {"body": bodies.TINY[axes], "source": task.sources["embedded"]}
-    parts["patches"] = bodies.PATCHES[axes]
-    return replace(cfg, **{key: getattr(cfg, key) or value for key, value in parts.items()})
-
-
-# ---- 2. Data: tasks.load_task(), and load_source() below -----------------------------------------
+# ---- 2. Data: run.load_task() and run.load_source(), which ask tasks/ ----------------------------
 
 
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
-
-
-# Copied from orca.patch_length
-def patch_length(L: int, most: int) -> int:
-    """ORCA's rule: the smallest length that divides L and gives at most `most` patches.
-
-    Where that is over twice what is needed (a prime L, say), the series is padded instead.
-    """
-    need = math.ceil(L / most)
-    exact = next(p for p in range(need, L + 1) if L % p == 0)
-    return exact if exact <= 2 * need else need
-
-
-# Copied from orca.with_coordinates
-def with_coordinates(x: Tensor) -> Tensor:
-    """Where each point is, -1..1 along each axis, as further channels: (B, C, H, W) -> C + 2."""
-    axes = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[2:]]
-    places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-    return torch.cat([x, places.expand(len(x), *places.shape)], dim=1)
 
 
 # Copied from orca.SeriesEmbedder
@@ -213,35 +105,30 @@ class SeriesEmbedder(nn.Module):
     """f^t: standardise, cut into patches by a convolution, normalise, add positions (slide 8).
 
     LayerNorm and positions start from the body's own tables, the convolution from random numbers;
-    with init "random", all do.
+    with init "random", all three do.
     """
 
-    def __init__(
-        self, x_shape: tuple, roberta: nn.Module, patches: int, init="body", coordinates=False
-    ):
+    def __init__(self, net: nn.Module, x_shape: tuple, patches: int, init: str = "body"):
         super().__init__()
-        (C, L), table = x_shape, roberta.embeddings
-        self.coordinates, self.patch = coordinates, patch_length(L, patches)
-        N, first = math.ceil(L / self.patch), table.padding_idx + 1
-        D = table.position_embeddings.embedding_dim
-        room = table.position_embeddings.num_embeddings - first
-        if N > room:
-            raise ValueError(f"--patches: {N} patches exceed the body's {room} positions")
+        (C, L), first = x_shape, bodies.first_position(net)
+        table = net.embeddings.position_embeddings.weight.detach()[first:]
+        self.patch = bodies.patch_length(L, patches)
+        N, D = math.ceil(L / self.patch), table.shape[1]
+        if N > len(table):
+            raise ValueError(f"--patches: {N} patches exceed the body's {len(table)} positions")
         self.grid = (N,)
         self.register_buffer("mean", torch.zeros(C, 1))
         self.register_buffer("std", torch.ones(C, 1))
-        self.conv = nn.Conv1d(C + coordinates, D, kernel_size=self.patch, stride=self.patch)
+        self.conv = nn.Conv1d(C, D, kernel_size=self.patch, stride=self.patch)
         nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
-        self.norm = copy.deepcopy(table.LayerNorm)
-        position = table.position_embeddings.weight.detach()[first : first + N]
-        self.position = nn.Parameter(position.clone())
+        self.norm = copy.deepcopy(net.embeddings.LayerNorm)
+        self.position = nn.Parameter(table[:N].clone())
         if init == "random":
             self.norm.reset_parameters()
             nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
-        x = with_coordinates(x) if self.coordinates else x
         x = F.pad(x, (0, -x.shape[-1] % self.patch))  # zeros are the mean
         z = self.conv(x).transpose(1, 2)  # (B, C, L) -> (B, D, N) -> (B, N, D)
         return self.norm(z) + self.position
@@ -255,33 +142,31 @@ class ImageEmbedder(nn.Module):
     "random", from random numbers. A ViT's positions are added; Swin has relative ones, in g.
     """
 
-    def __init__(self, x_shape: tuple, net: nn.Module, patches=0, init="body", coordinates=False):
+    def __init__(self, net: nn.Module, x_shape: tuple, patches: int = 0, init: str = "body"):
         super().__init__()
-        C, own, self.coordinates = x_shape[0], net.patch_embed, coordinates
-        channels = C + 2 * coordinates
+        C, own = x_shape[0], net.patch_embed
         self.size, self.grid = own.img_size, own.grid_size  # pixels and patches, (H, W) each
         self.register_buffer("mean", torch.zeros(C, 1, 1))
         self.register_buffer("std", torch.ones(C, 1, 1))
-        self.conv = nn.Conv2d(channels, own.proj.out_channels, own.patch_size, own.patch_size)
+        self.conv = nn.Conv2d(C, own.proj.out_channels, own.patch_size, own.patch_size)
         nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
         self.norm, self.position = copy.deepcopy(own.norm), None
-        if hasattr(net, "pos_embed"):  # of its prefix, the class token, first
+        if hasattr(net, "pos_embed"):  # the class token has the first of them
             self.position = nn.Parameter(net.pos_embed.detach()[0, -math.prod(self.grid) :].clone())
-        if init == "random":
-            for start in (self.norm, self.position):
-                if isinstance(start, nn.LayerNorm):
-                    start.reset_parameters()
-                elif isinstance(start, nn.Parameter):
-                    nn.init.normal_(start, std=0.02)
-        else:
-            repeated = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
-            self.conv.weight.data = F.pad(repeated, (0, 0, 0, 0, 0, channels - C))
-            bias = torch.zeros(len(repeated)) if own.proj.bias is None else own.proj.bias.detach()
-            self.conv.bias.data.copy_(bias)
+        if init == "body":
+            weight, bias = own.proj.weight.detach(), own.proj.bias
+            self.conv.weight.data = weight.repeat(1, math.ceil(C / 3), 1, 1)[:, :C].contiguous()
+            self.conv.bias.data = (
+                torch.zeros(len(weight)) if bias is None else bias.detach().clone()
+            )
+            return
+        if isinstance(self.norm, nn.LayerNorm):
+            self.norm.reset_parameters()
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
-        x = with_coordinates(x) if self.coordinates else x
         x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         z = self.conv(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
         return self.norm(z) if self.position is None else self.norm(z) + self.position
@@ -292,7 +177,7 @@ def source_embedder(net: nn.Module) -> nn.Module:
     """f^s: the body's own, frozen: token ids (B, L) or images (B, 3, S, S) in 0..1 -> (B, N, D)."""
     if hasattr(net, "embeddings"):
         return net.embeddings.requires_grad_(False).eval()
-    f_s = ImageEmbedder((3,), net)
+    f_s = ImageEmbedder(net, (3,))
     mean, std = (torch.tensor(net.pretrained_cfg[key]) for key in ("mean", "std"))
     f_s.mean, f_s.std = mean[:, None, None], std[:, None, None]
     return f_s.requires_grad_(False).eval()
@@ -301,7 +186,7 @@ def source_embedder(net: nn.Module) -> nn.Module:
 # ---- 4. Body g: bodies.adapt(), the layers of the pretrained model -------------------------------
 
 
-# ---- 5. Predictor h^t ----------------------------------------------------------------------------
+# ---- 5. Predictors h^t and h^s -------------------------------------------------------------------
 
 
 # Copied from orca.Predictor
@@ -325,11 +210,12 @@ class Predictor(nn.Module):
             self.narrow = nn.ModuleList(normed_linear(D, NARROW) for _, D in maps)
             self.linear = zeros(nn.Linear(maps[0][0][0] * NARROW, math.prod(out_shape)))
         else:
-            fine = maps[0][0][0]  # patches along the first axis in the finest stage
-            points = max(math.ceil(p / n) for p, n in zip(out_shape[1:], maps[0][0], strict=True))
-            sizes = [(D, points * fine // grid[0]) for grid, D in maps]
-            self.tiles = nn.ModuleList(normed_linear(D, out_shape[0] * p * p) for D, p in sizes)
-            self.sides = [p for _, p in sizes]
+            fine = maps[0][0]  # patches along each axis in the finest stage
+            points = max(math.ceil(p / n) for p, n in zip(out_shape[1:], fine, strict=True))
+            self.sides = [points * fine[0] // grid[0] for grid, _ in maps]
+            sizes = [out_shape[0] * side**2 for side in self.sides]
+            widths = [D for _, D in maps]
+            self.tiles = nn.ModuleList(map(normed_linear, widths, sizes))
             for tile in self.tiles:
                 zeros(tile[1])
 
@@ -354,7 +240,7 @@ def normed_linear(D: int, d: int) -> nn.Sequential:
 
 # Copied from orca.zeros
 def zeros(linear: nn.Linear) -> nn.Linear:
-    """Its weights set to 0, so that training starts from the mean of y."""
+    """The layer with all weights 0: training then starts from the mean of y."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
@@ -364,16 +250,12 @@ def zeros(linear: nn.Linear) -> nn.Linear:
 class Model(nn.Module):
     """m^t = h^t o g o f^t (O1): what is trained, saved and used; x to predictions."""
 
-    def __init__(self, net: nn.Module, x_shape: tuple, out_shape: tuple, patches: int, **embedder):
+    def __init__(self, net: nn.Module, x_shape: tuple, out_shape: tuple, patches: int, init="body"):
         super().__init__()
-        series = len(x_shape) == 2
-        self.f_t = (SeriesEmbedder if series else ImageEmbedder)(x_shape, net, patches, **embedder)
+        kind = SeriesEmbedder if len(x_shape) == 2 else ImageEmbedder
+        self.f_t = kind(net, x_shape, patches, init)
         self.g = bodies.adapt(net, self.f_t.grid)
         self.h_t = Predictor(self.g.maps, out_shape)
-
-    def standardise(self, x_mean: Tensor, x_std: Tensor, y_mean: Tensor, y_std: Tensor) -> None:
-        """Take over the statistics of the training set, of tasks.statistics()."""
-        self.f_t.mean, self.f_t.std, self.h_t.mean, self.h_t.std = x_mean, x_std, y_mean, y_std
 
     def forward(self, x: Tensor) -> Tensor:
         return self.h_t(self.g(self.f_t(x)))  # (O1)
@@ -491,45 +373,37 @@ class Mixer(nn.Module):
 
     def draw(self, size: int) -> Tensor:
         """Source samples to go with this process' share of a batch, of `size` target samples."""
-        size = int(run.summed(torch.tensor(size)))
+        size = int(run.summed(torch.tensor(float(size))))
         return run.share(torch.randint(len(self.source.y), (size,), generator=self.rng))
 
-    def loss(
-        self,
-        model: Model,
-        task: tasks.Task,
-        x_t: Tensor,
-        y_t: Tensor,
-        k: int,
-        cfg: Config,
-        rows=None,
-    ) -> Tensor:
-        """The loss of a batch (P6). One pass of the body takes [target; mixture] together.
+    def losses(
+        self, model: Model, task: tasks.Task, x_t: Tensor, y_t: Tensor, rows: Tensor, k: int, cfg
+    ) -> tuple[Tensor, Tensor]:
+        """The two parts of the loss of a batch (P6): that of target and that of source labels.
+
+        One pass of the body takes target and mixture together.
 
         Args:
             x_t, y_t: target batch and its labels, on the device of the model.
-            k: patches to replace; with 0 the mixture is the target itself, and the loss plain.
-            rows: source samples to take, of draw(); None: drawn here.
+            rows: the source samples, of draw(), as many as the batch has.
+            k: patches to replace; with 0 the mixture is the target itself, and the loss is plain.
         """
-        z_t = model.f_t(x_t)  # (B, N, D)
+        z_t, w = model.f_t(x_t), cfg.mix_weight  # (B, N, D)
         if k == 0:
-            return task.loss(model.h_t(model.g(z_t)), y_t)
-        rows = self.draw(len(x_t)) if rows is None else rows[: len(x_t)]
+            return task.loss(model.h_t(model.g(z_t)), y_t), z_t.new_zeros(())
         x_s, y_s = self.source.x[rows].to(x_t.device), self.source.y[rows].to(x_t.device)
         z_s = self.f_s(x_s)  # (B, N_s, D)
-        scores = self.gate(z_t), self.gate(z_s, source=True)
-        z_mix = replace_patches(z_t, z_s, *scores, k, cfg.select, cfg.replace == "lowest")
+        s_t, s_s = self.gate(z_t), self.gate(z_s, source=True)
+        z_mix = replace_patches(z_t, z_s, s_t, s_s, k, cfg.select, cfg.replace == "lowest")
         plain = cfg.plain_target_loss == "on"
         stages = model.g(torch.cat([z_t, z_mix]) if plain else z_mix)  # 2B samples, or B
         mixed = [z[-len(z_mix) :] for z in stages]
         lam = mixing_weight(cfg.lam, k, cfg.k0, z_t.shape[1])
-        mix = (1 - lam) * task.loss(model.h_t(mixed), y_t)
-        if cfg.source_labels == "on":
-            mix = mix + lam * self.source.loss(self.h_s(mixed), y_s)  # (P5)
-        loss = cfg.mix_weight * mix
+        target = w * (1 - lam) * task.loss(model.h_t(mixed), y_t)  # (P5)
+        source = w * lam * self.source.loss(self.h_s(mixed), y_s)
         if plain:
-            loss = loss + task.loss(model.h_t([z[: len(z_mix)] for z in stages]), y_t)
-        return loss  # (P6)
+            target = target + task.loss(model.h_t([z[: len(z_mix)] for z in stages]), y_t)  # (P6)
+        return target, source if cfg.source_labels == "on" else 0 * source
 
 
 # ---- 7. Training ---------------------------------------------------------------------------------
@@ -541,13 +415,13 @@ def finetune(model: Model, mixer: Mixer, task: tasks.Task, cfg: Config, record: 
 
     Returns: the error of the best epoch on validation data; the record keeps its weights.
     """
-    device = next(model.parameters()).device
+    device, N = next(model.parameters()).device, math.prod(model.f_t.grid)
+    new = [*model.f_t.parameters(), *model.h_t.parameters(), *mixer.parameters()]
+    groups = [{"params": new}, {"params": list(model.g.parameters()), "lr": cfg.body_lr or cfg.lr}]
+    optimizer = run.optimizer_of(groups, cfg, cfg.lr, cfg.weight_decay)
     trained = [p for p in (*model.parameters(), *mixer.parameters()) if p.requires_grad]
-    optimizer = run.optimizer_of(trained, cfg, cfg.lr, cfg.weight_decay)
     loader = run.batches(task.train, cfg, cfg.seed)
-    steps = (cfg.schedule_epochs or cfg.epochs) * len(loader)
-    factor = lambda step: run.rate(step, steps, cfg.warmup)  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = run.schedule_of(optimizer, cfg, len(loader))
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     changing = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     changing |= {"gate": mixer.gate, "h_s": mixer.h_s, "draws": mixer.rng}
@@ -555,26 +429,27 @@ def finetune(model: Model, mixer: Mixer, task: tasks.Task, cfg: Config, record: 
         k = patches_to_replace(cfg.k0, epoch, cfg.epochs, cfg.k_end)
         model.train()
         for batch in record.batches(loader):
-            lr, loss = schedule.get_last_lr()[0], 0.0
-            if cfg.k_by == "step":
-                total = cfg.epochs * len(loader)
-                k = patches_to_replace(cfg.k0, schedule.last_epoch, total, cfg.k_end)
+            lr, loss = schedule.get_last_lr()[0], torch.zeros((), device=device)
             optimizer.zero_grad()
-            rows = mixer.draw(len(batch[0]) if batch else 0) if k else None
-            for x, y, weight in run.parts(batch, cfg.accumulate, device):
-                with autocast(device, cfg.precision):
-                    part = weight * mixer.loss(model, task, x, y, k, cfg, rows)
-                rows = rows[len(x) :] if k else None
+            rows = mixer.draw(len(batch[0]) if batch else 0) if k else torch.empty(0)
+            for x, y, weight, portion in run.parts(batch, cfg.accumulate, task.weight):
+                with run.autocast(device, cfg.precision):
+                    some, rows = rows[: len(x)], rows[len(x) :]
+                    target, source = mixer.losses(model, task, x, y, some, k, cfg)
+                    part = weight * target + portion * source  # (P6)
                 scaler.scale(part).backward()
-                loss += part.item()
-            loss, norm = run.update(trained, optimizer, schedule, scaler, loss, cfg.clip)
-            record.step(schedule.last_epoch - 1, lr, loss, norm)
-            record.add(loss=loss / len(loader), norm=norm / len(loader))
-        error = evaluate(model, "val", task, cfg)
-        means = {"train_loss": record.sums["loss"], "grad_norm": record.sums["norm"]}
-        lam = mixing_weight(cfg.lam, k, cfg.k0, math.prod(model.f_t.grid))
-        shown = {"k": k, "lam": lam, "lr": lr, **means, "val_error": error}
-        record.log(epoch + 1, cfg.epochs, "finetune", **shown)
+                loss += part.detach()
+            run.sum_gradients(trained)
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            record.step(lr, loss=loss, grad_norm=norm)
+        error, means = evaluate(model, "val", task, cfg), record.means()
+        shown = {"k": k, "lam": mixing_weight(cfg.lam, k, cfg.k0, N), "lr": lr}
+        shown |= {"train_loss": means["loss"], "grad_norm": means["grad_norm"]}
+        record.log(cfg.epochs, **shown, val_error=error)
         record.end_epoch(error, model)
     return record.best
 
@@ -584,17 +459,16 @@ def finetune(model: Model, mixer: Mixer, task: tasks.Task, cfg: Config, record: 
 
 # Copied from orca.evaluate
 @torch.no_grad()
-def evaluate(model: nn.Module, split: str, task: tasks.Task, cfg: Config) -> float:
-    """The task's error on all predictions for a split at once."""
+def evaluate(model: nn.Module, split: str, task: tasks.Task, cfg: Config) -> float | None:
+    """The task's error on all predictions for a split together; None if test data have none."""
     dataset, device = getattr(task, split), next(model.parameters()).device
     model.eval()
     out, labels = [], []
     for x, y in run.split(dataset):
-        with autocast(device, cfg.precision):
+        with run.autocast(device, cfg.precision):
             out.append(model(x.to(device)).float().cpu())
         labels.append(y)
-    out, labels = (run.whole(torch.cat(part), len(dataset)) for part in (out, labels))
-    return task.metric(*tasks.pooled(dataset, out, labels))
+    return run.error_of(task, split, out, labels)
 
 
 # ---- 9. Main -------------------------------------------------------------------------------------
@@ -620,49 +494,39 @@ def main(cfg: Config) -> dict:
     cfg, task, net, tokenize, model, shape = build(cfg)
     device, f_s = next(model.parameters()).device, source_embedder(net)
     cfg = replace(cfg, k0=first_k(cfg, N=math.prod(model.f_t.grid)))
-    source = load_source(cfg, tokenize, masks=len(task.out_shape) == 3)
+    sizes, masks = (max(WINDOW, cfg.k0), bodies.image_size(net)), len(task.out_shape) == 3
+    source = run.load_source(cfg, tokenize, *sizes, masks)
     mixer = Mixer(f_s, source, model.g.maps, cfg.seed, cfg.gate).to(device)
     out = run.open_run(cfg, METHOD)
     record = Record(out, cfg, METHOD, start)
     if record.result:
         return record.result
-    run.describe(cfg, METHOD, task, model, out, {**shape, "body": bodies.describe(net)})
+    run.describe(cfg, METHOD, task, model, out, shape)
 
-    if cfg.align != "none":
-        classes = load_source(cfg, tokenize, masks=False)
-        z_s = source_features(f_s, classes, device, cfg.align_features)
-        align(model, z_s, classes.y.to(device), task, cfg, record)
     val_error = finetune(model, mixer, task, cfg, record)
-    run.load_weights(model, out / "model.safetensors")
+    record.restore_best(model)
     errors = {"test_error": evaluate(model, "test", task, cfg), "val_error": val_error}
     return run.finish(cfg, METHOD, task, model, record, errors, cfg.source)
 
 
-# Copied from orca.build
+# Adapted from orca.build: f^t may be one that orca.py has aligned
 def build(cfg: Config) -> tuple:
-    """Stage 1 (O1): cfg without gaps, task, body, its tokenizer, model, and what load() needs."""
+    """Settings without gaps, task, body, its tokenizer, model, and its description."""
     device = run.start(cfg)
-    which = (cfg.task, cfg.data, cfg.data_dir, cfg.seed, cfg.train_size or None, cfg.published)
-    task = tasks.load_task(*which)
-    cfg = resolve(cfg, task)
-    cfg = replace(cfg, align_lr=cfg.align_lr or ALIGN_LR[len(task.x_shape)])
+    task = run.load_task(cfg)
+    axes = len(task.x_shape)
+    cfg = run.resolve(cfg, task, bodies.TINY[axes], bodies.PATCHES[axes])
     net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
     shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
-    shape |= {"coordinates": cfg.coordinates}
     model = Model(net, **shape, init=cfg.embedder_init)
-    model.standardise(*tasks.statistics(task))
+    f_t, h_t = model.f_t, model.h_t
+    f_t.mean, f_t.std, h_t.mean, h_t.std = tasks.statistics(task)
+    if cfg.f_t:
+        run.load_weights(f_t, Path(cfg.f_t) / "f_t.safetensors")
     model.g.recompute = cfg.recompute
     if cfg.compile:
         model.g.compile()
-    return cfg, task, net, tokenize, model.to(device), shape
-
-
-# Adapted from orca.load_source: of masks for images with a dense target, and k0 tokens at least
-def load_source(cfg: Config, tokenize: Callable | None, masks: bool) -> tasks.Source:
-    """Samples of the source, of the size that suits the body, with classes or masks."""
-    size = {"length": max(WINDOW, cfg.k0), "size": 4 * math.isqrt(cfg.patches), "masks": masks}
-    rest = (cfg.source_size, cfg.seed, cfg.data_dir)
-    return tasks.load_source(cfg.source, *rest, tokenize=tokenize, **size)
+    return cfg, task, net, tokenize, model.to(device), {**shape, "body": bodies.describe(net)}
 
 
 # Copied from orca.parse_args

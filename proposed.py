@@ -1,50 +1,50 @@
 #!/usr/bin/env python
-r"""The slides' own proposal: perturb what the body says, contrast what the predictor makes of it.
+r"""The slides' own proposal: perturb the outputs of the body, and train the predictor on them.
 
 As in ORCA, a target model h o g o f is put together from an embedder, a pretrained body and a new
-predictor. Before it is fine-tuned, the predictor alone is trained on the outputs d of the body,
-under noise of many scales: predictions of one label are to point the same way, those of different
-labels elsewhere. That costs one pass of the body over the training set.
+predictor. Before everything is fine-tuned, the predictor alone is trained on the body's outputs d,
+to which noise of many scales is added: its outputs for one label are to point in one direction,
+those for different labels in different ones. That costs one pass of the body over the training set.
 
     (N1), (N2)  d^t = a g(f(x)) + s noise, at many scales sigma            slide 34, stage 1
-    (N3)        contrast of z = h(d^t) over pairs, by exp(cos(z_i, z_j) / tau)     35, stage 2
-    (N4), (N5)  in it, lambda: how unlike labels are, and P: noise keeps them      35, 36
-    (N6)        min over f, g and h of the mean of L(h(g(f(x))), y)                37, stage 3
-    (N7)        y = E[h(d~)] over perturbed d~, or h(d)                            37
-All but (N6) stand in full in contrast.py. What is as in ORCA comes from orca.py, baselines too.
+    (N3)        contrastive loss of z = h(d^t), over pairs of outputs      slide 35, stage 2
+    (N4), (N5)  in it, lambda: how unlike two labels are; P_l: the         slides 35 and 36
+                probability that noise preserves the label
+    (N6)        min over f, g and h of the mean of L(h(g(f(x))), y)        slide 37, stage 3
+    (N7)        y = E[h(d~)] over perturbed d~, or h(d)                    slide 37
+All but (N6) are functions of contrast.py.
 
     python proposed.py --task satellite                 simulated data, tiny body, no network
     python proposed.py --task darcy                     images to a field
     python proposed.py --task satellite --contrast none without stage 2
-    python proposed.py --task ecg --prediction perturbed    the mean over noise as prediction
-    python proposed.py --task satellite --align otdd    after ORCA's alignment of f (slide 38)
+    python proposed.py --task ecg --prediction perturbed    prediction as the mean over noise
+    python proposed.py --task satellite --f-t RUN       f aligned beforehand, by orca.py in RUN
     python proposed.py --task mine.npz --device cuda    arrays x_train, y_train, x_test, y_test
+Baselines are settings of orca.py.
 
-You should see the contrastive loss fall and "preserved", the mean of P, rise in stage "contrast",
-then the error fall in stage "finetune"; the last line is the result, with the errors of both
-predictions of (N7). Everything is written to runs/proposed-TASK-SEED.
+You should see the contrastive loss fall and "preserved", the mean of P_l, rise in stage "contrast",
+then the error fall in stage "finetune". The last line is the result, with the errors of both
+predictions of (N7); everything is written to runs/proposed-TASK-SEED.
 
-How the slides were read where they leave things open:
+How the slides were read where they leave something open:
  1. --contrast literal is (N3) as on the slide, of cosines; contrast.py says what is wrong with it.
- 2. Features are standardised first, else sigma has no unit. N K T features are drawn on the fly,
-    those without noise among them; --materialise makes them all.
- 3. h has a hidden layer, since noise changes nothing in the mean (N7) of a linear one. z is a
-    projection of it; --contrast-at output takes the outputs (class Contrast).
+ 2. Features are standardised first, since sigma has no unit otherwise. The N K T perturbed features
+    are drawn when they are needed; those without noise are among them.
+ 3. h has a hidden layer, since noise changes nothing in the mean (N7) of a linear h. z is a
+    projection of that layer; --contrast-at output takes the outputs, as the slide has it.
  4. Classes correlate (N4) as their mean features do; several labels, and values, as they are.
-    Values and fields have the labels of their clusters (k-means), for P a tolerance instead of a
-    margin: P = exp(-|J (d~ - d)|^2 / (2 C^2)), J the Jacobian of z.
- 5. h gives a point the label whose mean z is nearest. --preserve jacobian is the slide's P.
+    Values and fields are labelled by clusters (k-means), and have a tolerance in place of a margin.
+ 5. h gives a point the label whose mean z is nearest (N5). --preserve slope is the slide's P_l.
  6. "Pretrained model + linear projection" (slide 33) is ORCA's f^t: the body's own norm and
-    positions, or patches, around a linear projection. --encoder frozen reads it as a frozen encoder
-    before a projection; --finetune projection trains that and h alone in stage 3.
+    positions, or patches, around a linear projection. --finetune projection trains only that and h.
 """
 
+import copy
 import json
 import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,32 +53,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bodies
-import orca
+import contrast
 import run
 import tasks
-from contrast import (
-    Augmented,
-    contrastive_loss,
-    kept_by_jacobian,
-    kept_by_margin,
-    label_weights,
-    margin,
-    noise_levels,
-    predict_perturbed,
-)
-from run import Record, Settings, autocast, opt
+from run import Record, Settings, opt
+from tasks import papers
 
 # B batch, C channels, L length or H x W, N patches, D width of the body, M numbers of d, K classes
 METHOD = "proposed"
-ENCODER = ("task", "frozen")
-CONTRAST = ("inner", "outer", "literal", "none")
-PRESERVE = ("margin", "jacobian", "none")
+LOSSES = {"inner": contrast.inner, "outer": contrast.outer, "literal": contrast.literal}
+PRESERVE = ("margin", "jacobian", "slope", "none")
 FINETUNE = ("embedder", "frozen-embedder", "projection")
 NARROW = 32  # numbers of a patch from which h^t makes the points of a series
-HIDDEN = 256  # width of the hidden layer of h^t, at most
+HIDDEN = 256  # largest width of the hidden layer of h^t
 OUTPUT = 64  # numbers that are contrasted; targets are correlated on about as many
+TOLERANCE = 0.5  # C of P_l for values: the change of z, whose length is 1, that is too much
 CACHE = 2**29  # numbers of d that are kept in memory: 2 GiB
-READ = (-4.0, 4.0, 81, 8)  # numbers read as words: from, to, how many, components kept
 
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
@@ -86,161 +76,108 @@ READ = (-4.0, 4.0, 81, 8)  # numbers read as words: from, to, how many, componen
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Every setting of a run. The command line wins over a task's preset, and that over these."""
+    """The settings of the proposal, beside those that all methods share (run.Settings)."""
 
-    # what to run on
-    task: str = opt("satellite", f"{', '.join(tasks.NAMES)}, or your own FILE.npz")
-    data: str = opt("simulated", "where the task's data come from", ("simulated", "real"))
-    data_dir: str = opt("data", "directory of the real data")
-    published: bool = opt(False, "PDE tasks: the papers' grid, times and inputs")
-    train_size: int = opt(0, "training samples; 0: the task's own number", low=0)
-    paper: bool = opt(False, "the paper's setting: real data, large bodies, ORCA's fine-tuning")
-    # the parts (slides 6 to 8 and 33)
-    body: str = opt("", "folder or hub name of g; random:NAME: untrained; default: the tiny one")
-    source: str = opt("", "source data set of --align; default: the task's", tasks.SOURCES)
-    source_size: int = opt(2000, "source samples", low=2)
-    patches: int = opt(0, "N at most, 0: 32 for series, 256 (16 x 16) for images", low=0)
-    encoder: str = opt("task", "f: ORCA's f^t, or a frozen encoder and a projection", ENCODER)
-    embedder_init: str = opt("body", "what f^t starts from", ("body", "random"))
-    coordinates: bool = opt(False, "give f^t the place of each point, as further channels of x")
-    # alignment of f^t beforehand, as in orca.py (slides 9 and 38)
-    align: str = opt("none", "distance D to minimise", orca.ALIGN)
-    align_features: str = opt("mean", "what D sees of a sample", ("mean", "random-patch"))
-    align_epochs: int = opt(20, "epochs of it", low=1)
-    align_steps_per_epoch: int = opt(3, "steps in each", low=1)
-    align_lr: float = opt(0.0, "its learning rate, 0: 1e-3 for series, 1e-4 for images", low=0)
-    align_drop: int = opt(0, "epochs after which that falls to a fifth, again and again", low=0)
-    align_samples: int = opt(384, "target samples a step, balanced over the classes", low=2)
     # stage 1, augmentation (slide 34)
-    sigmas: str = opt("0.05,0.1,0.2", "scales sigma_i of the noise, 0..1, of standardised features")
-    noise_steps: int = opt(4, "T, steps of noise at each scale", low=1)
-    materialise: bool = opt(False, "make all N K T features beforehand (small training sets)")
+    sigmas: str = opt("0.05,0.1,0.2", "scales sigma_i of the noise, each from 0 to 1")
+    noise_steps: int = opt(4, "steps of noise T at each scale", low=1)
     # stage 2, contrastive training of h^t (slides 35 and 36)
-    contrast: str = opt("inner", "form of the loss; none: no stage 2", CONTRAST)
-    contrast_at: str = opt("hidden", "what of h^t is contrasted", ("hidden", "output"))
+    contrast: str = opt("inner", "form of the contrastive loss", (*LOSSES, "none"))
+    contrast_at: str = opt("hidden", "layer of h^t that is contrasted", ("hidden", "output"))
     contrast_epochs: int = opt(5, "epochs of stage 2", low=1)
-    contrast_steps_per_epoch: int = opt(20, "steps in each", low=1)
-    contrast_batch: int = opt(0, "features a step; 0: 512, or 128 if they are those of all patches")
-    contrast_lr: float = opt(3e-4, "its learning rate", low=0)
+    contrast_steps_per_epoch: int = opt(20, "steps in each of these epochs", low=1)
+    contrast_lr: float = opt(3e-4, "learning rate of stage 2", low=0)
     tau: float = opt(0.2, "temperature of the cosines", low=0.05)
-    lambda_eps: float = opt(1.0, "epsilon of lambda: unlike labels weigh (1 + eps) / eps", low=1e-6)
-    preserve: str = opt("", "P that noise keeps y; default: margin, for values jacobian", PRESERVE)
-    tolerance: float = opt(0.5, "C of P for values: change of z (of length 1) to count", low=1e-6)
+    lambda_eps: float = opt(1.0, "epsilon of lambda, which is at most (1 + eps) / eps", low=1e-6)
+    preserve: str = opt("", "form of P_l; default: margin, or jacobian for values", PRESERVE)
     # stage 3, fine-tuning, and prediction (slide 37)
-    finetune: str = opt("embedder", "what is trained of f and g", FINETUNE)
-    prediction: str = opt("normal", "h(d), or the mean of h(d~)", ("normal", "perturbed"))
-    draws: int = opt(32, "draws of d~ in that mean", low=1)
-    epochs: int = opt(18, "epochs of stage 3", low=1)
-    batch_size: int = opt(32, "samples a step, of all processes and parts together", low=1)
-    accumulate: int = opt(1, "parts in which a process takes its batch, to save memory", low=1)
-    optimizer: str = opt("adamw", "of all stages", ("adamw", "adam", "sgd"))
-    lr: float = opt(2e-3, "peak learning rate", low=0)
-    weight_decay: float = opt(0.01, "of the optimiser", low=0)
-    momentum: float = opt(0.9, "of SGD", low=0)
-    beta2: float = opt(0.999, "of AdamW and Adam", low=0)
-    warmup: float = opt(0.1, "share of the schedule in which the learning rate rises", low=0)
-    schedule_epochs: int = opt(0, "epochs until it would be 0 again; 0: `epochs`", low=0)
-    clip: float = opt(1.0, "largest norm of a gradient; 0: any", low=0)
+    finetune: str = opt("embedder", "part of f that stage 3 trains", FINETUNE)
+    prediction: str = opt("normal", "prediction: h(d) or E[h(d~)]", ("normal", "perturbed"))
+    draws: int = opt(36, "draws of d~ in that mean", low=1)
+    f_t: str = opt("", "folder of a run of orca.py, from whose aligned f^t to start (slide 38)")
 
 
-# What a task changes: a tenth fewer epochs than ORCA, in whose time stages 1 and 2 take place. The
-# slides give no numbers for the real data: these are ORCA's.
-EPOCHS = {task: (9 * epochs + 4) // 10 for task, epochs in orca.EPOCHS.items()}
-PATCHES, ALIGN_SAMPLES, PRESETS = orca.PATCHES, orca.ALIGN_SAMPLES, orca.PRESETS
-
-
-# Copied from orca.configure
 def configure(**given) -> Config:
-    """Defaults < preset of the task, with paper=True < what is given."""
-    task, paper = given.get("task", "satellite"), given.get("paper")
-    embedded = {"epochs": EPOCHS.get(task, Config.epochs), "patches": PATCHES.get(task, 0)}
-    embedded |= {"align_samples": ALIGN_SAMPLES.get(task, Config.align_samples)}
-    if paper and task not in PRESETS:
-        raise ValueError(f"--paper has no settings for '{task}'; it has {', '.join(PRESETS)}")
-    return Config(**{**(PRESETS[task] if paper else embedded), **given})
+    """The settings: defaults, then ORCA's published values with paper=True, then what is given."""
+    return run.configure(Config, papers.ORCA, given)
 
 
-# ---- 2. Data -------------------------------------------------------------------------------------
-
-
-def coarse(y: Tensor) -> Tensor:
-    """A target or output as about OUTPUT numbers: (B, K), (B, C, L), (B, C, H, W) -> (B, d)."""
-    if y.ndim == 3:
-        y = F.adaptive_avg_pool1d(y, min(OUTPUT, y.shape[2]))
-    if y.ndim == 4:
-        y = F.adaptive_avg_pool2d(y, math.isqrt(OUTPUT))
-    return y.flatten(1)
-
-
-def directions(task: tasks.Task, rows: list[int], y: Tensor, d: Tensor) -> Tensor:
-    """What correlates of the labels (N4), as vectors of length 1: (n, d).
-
-    Classes are names, which correlate with nothing: their mean features stand for them. Several
-    labels at once, and values, are taken as they are, less their mean and over their deviation.
-    """
-    if task.kind == "classes":
-        member = F.one_hot(y).T.float()
-        v = ((member @ d) / member.sum(dim=1, keepdim=True))[y]
-    else:
-        v = torch.stack([torch.as_tensor(task.train[row][1]) for row in rows])
-        v = coarse(torch.nan_to_num(v.float())).to(d.device)
-        v = (v - v.mean(dim=0)) / v.std(dim=0, correction=0).clamp(min=1e-6)
-    return F.normalize(v, dim=1)
+# ---- 2. Data: run.load_task(), which asks tasks/ -------------------------------------------------
 
 
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
 
 
-class FrozenEmbedder(nn.Module):
-    """f^t as a frozen pretrained encoder and a linear projection (slide 33, --encoder frozen).
+# Copied from orca.SeriesEmbedder
+class SeriesEmbedder(nn.Module):
+    """f^t: standardise, cut into patches by a convolution, normalise, add positions (slide 8).
 
-    Images: the body's own patch embedding reads them; the projection starts as the identity.
-    Series: f^s of a language model reads numbers as words ("-1.2"). Of these vectors the first
-    principal components are kept, and values between two words are in between. The projection takes
-    all values of a patch together, and the body's LayerNorm and positions follow, frozen as well.
+    LayerNorm and positions start from the body's own tables, the convolution from random numbers;
+    with init "random", all three do.
     """
 
-    def __init__(self, x_shape: tuple, net: nn.Module, patches: int, **embedder):
+    def __init__(self, net: nn.Module, x_shape: tuple, patches: int, init: str = "body"):
         super().__init__()
-        series = len(x_shape) == 2
-        own = orca.SeriesEmbedder if series else orca.ImageEmbedder
-        own = own(x_shape, net, patches, **embedder)
-        self.own, self.grid, self.coordinates = own, own.grid, own.coordinates
-        D = own.conv.out_channels
-        self.register_buffer("mean", own.mean.clone())
-        self.register_buffer("std", own.std.clone())
-        own.requires_grad_(False)
-        if series:
-            self.register_buffer("words", torch.zeros(READ[2], READ[3]))
-            self.linear = nn.Linear(own.conv.in_channels * own.patch * READ[3], D)
-            own.conv = nn.Identity()  # the projection is in its place
-        else:
-            self.linear = nn.Linear(D, D)
-            nn.init.eye_(self.linear.weight)
-            nn.init.zeros_(self.linear.bias)
-
-    def read_numbers(self, net: nn.Module, tokenize: Callable) -> None:
-        """Make the table of words for numbers, from the word embeddings of the body."""
-        texts = [f"{value:.1f}" for value in torch.linspace(*READ[:3]).tolist()]
-        table = net.embeddings.word_embeddings.weight.detach()
-        words = torch.stack([table[ids].mean(dim=0) for ids in tokenize(texts)])
-        u, scale, _ = torch.linalg.svd(words - words.mean(dim=0), full_matrices=False)
-        self.words = (u * scale)[:, : READ[3]]
-        self.words = self.words / self.words.std()
+        (C, L), first = x_shape, bodies.first_position(net)
+        table = net.embeddings.position_embeddings.weight.detach()[first:]
+        self.patch = bodies.patch_length(L, patches)
+        N, D = math.ceil(L / self.patch), table.shape[1]
+        if N > len(table):
+            raise ValueError(f"--patches: {N} patches exceed the body's {len(table)} positions")
+        self.grid = (N,)
+        self.register_buffer("mean", torch.zeros(C, 1))
+        self.register_buffer("std", torch.ones(C, 1))
+        self.conv = nn.Conv1d(C, D, kernel_size=self.patch, stride=self.patch)
+        nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
+        self.norm = copy.deepcopy(net.embeddings.LayerNorm)
+        self.position = nn.Parameter(table[:N].clone())
+        if init == "random":
+            self.norm.reset_parameters()
+            nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
-        if x.ndim == 4:
-            return self.linear(self.own(x))
-        x = orca.with_coordinates(x) if self.coordinates else x
-        x = F.pad(x, (0, -x.shape[-1] % self.own.patch))
-        low, high, count, _ = READ
-        place = (x.clamp(low, high) - low) * ((count - 1) / (high - low))
-        below = place.long().clamp(max=count - 2)
-        part = (place - below).unsqueeze(-1)
-        z = self.words[below] * (1 - part) + self.words[below + 1] * part  # (B, C, L, d)
-        z = z.unflatten(2, (-1, self.own.patch)).transpose(1, 2).flatten(2)  # (B, N, C patch d)
-        return self.own.norm(self.linear(z)) + self.own.position
+        x = F.pad(x, (0, -x.shape[-1] % self.patch))  # zeros are the mean
+        z = self.conv(x).transpose(1, 2)  # (B, C, L) -> (B, D, N) -> (B, N, D)
+        return self.norm(z) + self.position
+
+
+# Copied from orca.ImageEmbedder
+class ImageEmbedder(nn.Module):
+    """f^t: standardise, resize, cut into patches by a convolution, normalise (slide 8).
+
+    Starts as the body's own patch embedding, its three channels repeated for all C; with init
+    "random", from random numbers. A ViT's positions are added; Swin has relative ones, in g.
+    """
+
+    def __init__(self, net: nn.Module, x_shape: tuple, patches: int = 0, init: str = "body"):
+        super().__init__()
+        C, own = x_shape[0], net.patch_embed
+        self.size, self.grid = own.img_size, own.grid_size  # pixels and patches, (H, W) each
+        self.register_buffer("mean", torch.zeros(C, 1, 1))
+        self.register_buffer("std", torch.ones(C, 1, 1))
+        self.conv = nn.Conv2d(C, own.proj.out_channels, own.patch_size, own.patch_size)
+        nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
+        self.norm, self.position = copy.deepcopy(own.norm), None
+        if hasattr(net, "pos_embed"):  # the class token has the first of them
+            self.position = nn.Parameter(net.pos_embed.detach()[0, -math.prod(self.grid) :].clone())
+        if init == "body":
+            weight, bias = own.proj.weight.detach(), own.proj.bias
+            self.conv.weight.data = weight.repeat(1, math.ceil(C / 3), 1, 1)[:, :C].contiguous()
+            self.conv.bias.data = (
+                torch.zeros(len(weight)) if bias is None else bias.detach().clone()
+            )
+            return
+        if isinstance(self.norm, nn.LayerNorm):
+            self.norm.reset_parameters()
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.mean) / self.std
+        x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        z = self.conv(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
+        return self.norm(z) if self.position is None else self.norm(z) + self.position
 
 
 # ---- 4. Body g: bodies.adapt(), the layers of the pretrained model -------------------------------
@@ -249,14 +186,14 @@ class FrozenEmbedder(nn.Module):
 # ---- 5. Predictor h^t ----------------------------------------------------------------------------
 
 
-# Adapted from orca.Predictor: from the features of g in a row, d, through a hidden layer
+# Adapted from orca.Predictor: from the features of g in one row, d, through a hidden layer
 class Predictor(nn.Module):
-    """h: from d, the features of g in a row, to predictions, in the units of y (slide 33).
+    """h: from d, the features of g in one row, to predictions, in the units of y (slide 33).
 
     For a sample, (K,): d is the mean of the last patches, and h has a hidden layer, since noise of
-    mean 0 would only rescale what a linear h makes of d. For every point, (C, L) or (C, H, W): d is
-    all patches of all stages, for the layers that ORCA has there, in 2D with a hidden one. d is
-    standardised by the training set, as noise needs a scale.
+    mean 0 would only rescale what a linear h makes of d. For every point, (C, L) or (C, H, W): d
+    holds all patches of all stages, for the layers that ORCA has there, in 2D with a hidden one.
+    d is standardised by the training set, so that noise has a scale.
     """
 
     def __init__(self, maps: list, out_shape: tuple):
@@ -273,34 +210,32 @@ class Predictor(nn.Module):
             self.inner = nn.ModuleList([nn.Sequential(nn.Linear(widths[0], HIDDEN), nn.GELU())])
             self.width, self.last = HIDDEN, nn.ModuleList([nn.Linear(HIDDEN, C)])
         elif len(size) == 1:
-            self.inner = nn.ModuleList(orca.normed_linear(D, NARROW) for D in widths)
+            self.inner = nn.ModuleList(normed_linear(D, NARROW) for D in widths)
             self.width = NARROW * maps[0][0][0]
-            linear = nn.Linear(maps[0][0][0] * NARROW, math.prod(out_shape))
-            self.last = nn.ModuleList([orca.zeros(linear)])
+            self.last = nn.ModuleList([nn.Linear(self.width, math.prod(out_shape))])
         else:
-            self.grids, fine = [grid for grid, _ in maps], maps[0][0][0]
-            points = max(math.ceil(p / n) for p, n in zip(size, maps[0][0], strict=True))
-            self.sides = [points * fine // grid[0] for grid in self.grids]
+            self.grids, fine = [grid for grid, _ in maps], maps[0][0]
+            points = max(math.ceil(p / n) for p, n in zip(size, fine, strict=True))
+            self.sides = [points * fine[0] // grid[0] for grid in self.grids]
             slim = [min(D, HIDDEN) for D in widths]
-            inner = map(orca.normed_linear, widths, slim)
+            inner = map(normed_linear, widths, slim)
             self.inner = nn.ModuleList(nn.Sequential(layer, nn.GELU()) for layer in inner)
             last = (nn.Linear(d, C * p * p) for d, p in zip(slim, self.sides, strict=True))
-            self.last, self.width = nn.ModuleList(map(orca.zeros, last)), sum(slim)
+            self.last, self.width = nn.ModuleList(last), sum(slim)
+        for layer in self.last if size else ():
+            zeros(layer)
 
     def features(self, stages: list[Tensor]) -> Tensor:
         """d, standardised: [(B, N, D), ...] or [(B, h, w, D), ...] -> (B, M)."""
         parts = [z.flatten(1, -2) for z in stages]
         if len(self.out_shape) == 1:
             parts = [parts[-1].mean(dim=1, keepdim=True)]
-        return self.standardised(parts)
+        rows = [((z - mean) / std).flatten(1) for z, mean, std in self.scales(parts)]
+        return torch.cat(rows, dim=1)
 
     def scales(self, parts: list[Tensor]) -> zip:
         widths = [D for _, D in self.tokens]
         return zip(parts, self.d_mean.split(widths), self.d_std.split(widths), strict=True)
-
-    def standardised(self, parts: list[Tensor]) -> Tensor:
-        rows = [((z - mean) / std).flatten(1) for z, mean, std in self.scales(parts)]
-        return torch.cat(rows, dim=1)
 
     def split(self, d: Tensor) -> list[Tensor]:
         """The parts of d: (B, M) -> [(B, N, D), ...]."""
@@ -308,17 +243,9 @@ class Predictor(nn.Module):
         parts = zip(d.split(sizes, dim=1), self.tokens, strict=True)
         return [z.unflatten(1, shape) for z, shape in parts]
 
-    def measure(self, d: Tensor) -> Tensor:
-        """Take over mean and deviation of every channel of d; d as they were 0 and 1 before."""
-        parts = self.split(d)
-        self.d_mean = torch.cat([z.mean(dim=(0, 1)) for z in parts])
-        std = torch.cat([z.std(dim=(0, 1), correction=0) for z in parts])
-        self.d_std = torch.where(std > 0, std, 1.0)
-        return self.standardised(parts)
-
     def hidden(self, d: Tensor) -> list[Tensor]:
         z = self.split(d)
-        if len(self.out_shape) > 1:  # the next is a LayerNorm, of channels as g has them
+        if len(self.out_shape) > 1:  # a LayerNorm follows, of channels as g has them
             z = [mean + std * part for part, mean, std in self.scales(z)]
         return [layer(part) for layer, part in zip(self.inner, z, strict=True)]
 
@@ -346,32 +273,39 @@ class Predictor(nn.Module):
         return self.mean + self.std * self.output(d)
 
 
+# Copied from orca.normed_linear
+def normed_linear(D: int, d: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, d))
+
+
+# Copied from orca.zeros
+def zeros(linear: nn.Linear) -> nn.Linear:
+    """The layer with all weights 0: training then starts from the mean of y."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 # Adapted from orca.Model: d lies between g and h^t, and predictions can be those of perturbed d
 class Model(nn.Module):
     """m^t = h^t o g o f^t: what is trained, saved and used; x to predictions.
 
     Args:
-        kind: of the task; encoder: "task" for an f^t as ORCA's, "frozen" for FrozenEmbedder.
-        noise: the scales sigma_i and the number of steps T (N1).
+        kind: of the task; noise: the scales sigma_i and the number of steps T (N1).
         prediction: "normal" or "perturbed" (N7), and the number of draws; normal in training.
     """
 
     def __init__(
         self, net: nn.Module, x_shape: tuple, out_shape: tuple, patches: int,
-        kind: str, encoder: str, noise: tuple, prediction: tuple, **embedder
+        kind: str, noise: tuple, prediction: tuple, init="body",
     ):  # fmt: skip
         super().__init__()
-        own = orca.SeriesEmbedder if len(x_shape) == 2 else orca.ImageEmbedder
-        f_t = own if encoder == "task" else FrozenEmbedder
-        self.f_t = f_t(x_shape, net, patches, **embedder)
+        embedder = SeriesEmbedder if len(x_shape) == 2 else ImageEmbedder
+        self.f_t = embedder(net, x_shape, patches, init)
         self.g = bodies.adapt(net, self.f_t.grid)
         self.h_t = Predictor(self.g.maps, out_shape)
-        self.kind, self.levels = kind, noise_levels(*noise)
+        self.kind, self.levels = kind, contrast.noise_levels(*noise)
         self.prediction, self.draws = prediction
-
-    def standardise(self, x_mean: Tensor, x_std: Tensor, y_mean: Tensor, y_std: Tensor) -> None:
-        """Take over the statistics of the training set, of tasks.statistics()."""
-        self.f_t.mean, self.f_t.std, self.h_t.mean, self.h_t.std = x_mean, x_std, y_mean, y_std
 
     def features(self, x: Tensor) -> Tensor:
         """d = g(f(x)), standardised: (B, M)."""
@@ -379,8 +313,9 @@ class Model(nn.Module):
 
     def perturbed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions from perturbed features, and their variance over the draws (N7)."""
-        a, s = (level[1:] for level in self.levels)
-        return predict_perturbed(self.h_t, self.features(x), a, s, self.draws, self.kind)  # (N7)
+        a, s = (level[1:] for level in self.levels)  # without the clean d
+        d = self.features(x)
+        return contrast.predict_perturbed(self.h_t, d, a, s, self.draws, self.kind)  # (N7)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.prediction == "normal" or self.training:
@@ -391,13 +326,37 @@ class Model(nn.Module):
 # ---- 6. The method -------------------------------------------------------------------------------
 
 
+def coarse(y: Tensor) -> Tensor:
+    """A target or output as about OUTPUT numbers: (B, K), (B, C, L), (B, C, H, W) -> (B, d)."""
+    if y.ndim == 3:
+        y = F.adaptive_avg_pool1d(y, min(OUTPUT, y.shape[2]))
+    if y.ndim == 4:
+        y = F.adaptive_avg_pool2d(y, math.isqrt(OUTPUT))
+    return y.flatten(1)
+
+
+def directions(task: tasks.Task, rows: list[int], y: Tensor, d: Tensor) -> Tensor:
+    """What correlates of the labels (N4), as vectors of length 1: (n, d).
+
+    Classes are names, which correlate with nothing: their mean features stand for them. Several
+    labels at once, and values, are taken as they are, less their mean and over their deviation.
+    """
+    if task.kind == "classes":
+        member = F.one_hot(y).T.float()
+        v = ((member @ d) / member.sum(dim=1, keepdim=True))[y]
+    else:
+        v = torch.stack([torch.as_tensor(task.train[row][1]) for row in rows])
+        v = coarse(torch.nan_to_num(v.float())).to(d.device)
+        v = (v - v.mean(dim=0)) / v.std(dim=0, correction=0).clamp(min=1e-6)
+    return F.normalize(v, dim=1)
+
+
 class Contrast(nn.Module):
-    """What stage 2 adds to h^t: what of it is contrasted, and the probabilities P.
+    """What stage 2 adds to h^t: the part of it that is contrasted, and the probabilities P_l.
 
     z is a small projection of h's hidden layer (contrast_at "hidden"). The outputs themselves
-    ("output", as slide 35 has it) are few where classes are few, a single one has no direction to
-    learn, and what is learnt there stage 3 has to unlearn: nothing says which output is for which
-    label.
+    ("output", slide 35) are few where classes are few, a single one has no direction to learn, and
+    what is learnt there stage 3 has to unlearn: nothing says which output belongs to which label.
     """
 
     def __init__(self, h_t: Predictor, cfg: Config, kind: str):
@@ -425,17 +384,39 @@ class Contrast(nn.Module):
         z = torch.cat([self(part) for part in d.split(256)])
         return F.normalize(F.one_hot(y).T.float() @ z, dim=1)  # (K, d)
 
-    def kept(self, d: Tensor, noisy: Tensor, y: Tensor, a: Tensor, s: Tensor, centres: Tensor):
-        """P that each noisy point has the label y of the clean d (N5), (B,)."""
+    def preserved(self, d: Tensor, noisy: Tensor, y: Tensor, a: Tensor, s: Tensor, centres: Tensor):
+        """P_l that each noisy point has the label y of the clean d (N5), (B,)."""
         scores = lambda d: self(d) @ centres.T  # noqa: E731
         if self.cfg.preserve == "none":
             return torch.ones_like(s)
         if self.cfg.preserve == "margin":
-            return kept_by_margin(scores, d, y, a, s)
+            return contrast.preserved_by_margin(scores, d, y, a, s)
         with torch.no_grad():
-            if self.values:
-                return kept_by_jacobian(self, d, noisy, self.cfg.tolerance, soft=True)
-            return kept_by_jacobian(scores, d, noisy, margin(scores(d), y))
+            h, C = (self, TOLERANCE) if self.values else (scores, contrast.margin(scores(d), y))
+            if self.cfg.preserve == "slope":
+                return contrast.preserved_by_slope(h, d, noisy, C)
+            return contrast.preserved_by_jacobian(h, d, noisy, C, soft=self.values)
+
+
+# Copied from orca.balanced_rows
+def balanced_rows(labels: Tensor, size: int, rng: torch.Generator) -> Tensor:
+    """Rows of about `size` random samples: equally many of each class, or all where it has fewer.
+
+    labels: (n,), classes of all samples. Each class gives at least 2 samples if it has them.
+    """
+    per_class = max(2, size // len(labels.unique()))
+    order = torch.randperm(len(labels), generator=rng)
+    return torch.cat([order[labels[order] == c][:per_class] for c in labels.unique()])
+
+
+# Copied from orca.separability
+def separability(z: Tensor, y: Tensor, K: int) -> Tensor:
+    """Share of the variance of z (m, D) between the K classes y (m,): 1 if each is a point; by
+    chance (K - 1) / (m - 1)."""
+    member = F.one_hot(y, K).to(z.dtype)  # (m, K)
+    means = (member.T @ z) / member.sum(dim=0).clamp(min=1)[:, None]
+    within = (z - means[y]).square().sum()
+    return 1 - within / (z - z.mean(dim=0)).square().sum().clamp(min=1e-30)
 
 
 # Adapted from orca.freeze: the three options of slide 37
@@ -445,8 +426,7 @@ def freeze(model: Model, what: str) -> None:
         model.f_t.requires_grad_(False)
     if what == "projection":
         model.g.requires_grad_(False)
-        projection = model.f_t.linear if hasattr(model.f_t, "linear") else model.f_t.conv
-        projection.requires_grad_(True)
+        model.f_t.conv.requires_grad_(True)
 
 
 # ---- 7. Training ---------------------------------------------------------------------------------
@@ -458,47 +438,51 @@ def features(model: Model, task: tasks.Task, rows: list[int]) -> Tensor:
 
     Returns: (n, M), standardised, on the device of the model.
     """
-    device = next(model.parameters()).device
+    device, h_t = next(model.parameters()).device, model.h_t
     model.eval()
-    model.h_t.d_mean.zero_()
-    model.h_t.d_std.fill_(1)
-    d = []
+    h_t.d_mean.zero_()
+    h_t.d_std.fill_(1)
+    d = torch.empty(len(rows), sum(N * D for N, D in h_t.tokens), device=device)
     for i in range(0, len(rows), 64):
         x = torch.stack([task.train[row][0] for row in rows[i : i + 64]])
-        d.append(model.features(x.to(device)))
-    return model.h_t.measure(torch.cat(d))
+        d[i : i + 64] = model.features(x.to(device))
+    parts = h_t.split(d)  # views of d: what follows needs little memory beside it
+    h_t.d_mean = torch.cat([z.mean(dim=(0, 1)) for z in parts])
+    std = torch.cat([z.std(dim=(0, 1), correction=0) for z in parts])
+    h_t.d_std = torch.where(std > 0, std, 1.0)
+    for z, mean, std in h_t.scales(parts):
+        z.sub_(mean).div_(std)
+    return d
 
 
 def labelled(model: Model, task: tasks.Task, cfg: Config) -> tuple[list[int], Tensor]:
     """Rows of the training set for stages 1 and 2, as many as CACHE has room for; their labels.
 
-    Targets that are no classes have those of their cluster (tasks.some_classes).
-    Raises: ValueError if there is but one, or one output, or no room for all of --materialise.
+    Targets that are no classes have the labels of their clusters (tasks.some_classes).
+    Raises: ValueError if all have one label, or z would be a single number.
     """
     rows, y = tasks.some_classes(task, cfg.seed)
-    versions = len(model.levels[0]) if cfg.materialise else 1
-    room = max(2, CACHE // (versions * sum(N * D for N, D in model.h_t.tokens)))
-    if cfg.materialise and room < len(rows):
-        raise ValueError(
-            f"--materialise: memory has no room for {versions} versions of {len(rows)} samples; "
-            f"leave it out, or give --train-size {room}"
-        )
+    room = max(2, CACHE // sum(N * D for N, D in model.h_t.tokens))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(cfg.seed))[:room]
     rows, (values, y) = [rows[i] for i in order.tolist()], y[order].unique(return_inverse=True)
-    if cfg.contrast != "none" and len(values) < 2:
+    if cfg.contrast == "none":
+        return rows, y
+    if len(values) < 2:
         raise ValueError(
             f"--contrast {cfg.contrast}: all targets of task '{cfg.task}' are of one class or "
             "cluster, so that there is nothing to contrast; give --contrast none"
         )
-    if cfg.contrast != "none" and cfg.contrast_at == "output" and math.prod(task.out_shape) == 1:
+    if cfg.contrast_at == "output" and math.prod(task.out_shape) == 1:
         raise ValueError("--contrast-at output: a single output has no direction; give hidden")
+    if len(rows) < len(task.train):
+        print(f"note: stages 1 and 2 use {len(rows)} of the {len(task.train)} training samples")
     return rows, y
 
 
-def contrast(
+def train_predictor(
     model: Model, task: tasks.Task, rows: list[int], labels: Tensor, cfg: Config, record: Record
 ) -> None:
-    """Stages 1 and 2: train h^t alone (N3), on features that are made once, and perturbed.
+    """Stages 1 and 2: train h^t alone (N3), on features that are computed once, and perturbed.
 
     f^t and g take part in no step. Nor does the last layer of h^t, unless outputs are contrasted.
 
@@ -510,43 +494,42 @@ def contrast(
         features(model, task, rows)
         return
     rng, head = torch.Generator().manual_seed(cfg.seed), Contrast(model.h_t, cfg, task.kind)
-    head, data, y, missing = head.to(device), None, labels.to(device), 0.0
-    trained = head.trained()
-    optimizer = run.optimizer_of(trained, cfg, cfg.contrast_lr, weight_decay=0.0)
+    head, d, y, missing = head.to(device), None, labels.to(device), 0.0
+    a, s = (level.to(device) for level in model.levels)
+    size, K = 256 if len(task.out_shape) == 1 else 64, int(labels.max()) + 1  # two of each row
+    optimizer = run.optimizer_of([{"params": head.trained()}], cfg, cfg.contrast_lr, 0.0)
     changing = {"model": model, "project": head.project, "optimizer": optimizer, "rng": rng}
-    for epoch in record.begin("contrast", cfg.contrast_epochs, **changing):
-        if data is None:  # only now model is what a broken run had
+    for _ in record.begin("contrast", cfg.contrast_epochs, **changing):
+        if d is None:  # only now the model is that of a run which was stopped
             d = features(model, task, rows)
-            data = Augmented(d, scales(cfg), cfg.noise_steps, rng, cfg.materialise)  # (N1)
             u = directions(task, rows, y, d)
-        centres, sums = head.centres(data.d, y), torch.zeros(5)
+        centres = head.centres(d, y)
         for _ in range(cfg.contrast_steps_per_epoch):
-            some = orca.balanced_rows(labels, cfg.contrast_batch // 2, rng).repeat(2).to(device)
-            noisy, a, s = data.draw(some)  # (N2)
-            P = head.kept(data.d[some], noisy, y[some], a, s, centres)  # (N5)
-            lam, z = label_weights(u[some], y[some], cfg.lambda_eps), head(noisy)  # (N4)
-            loss, undefined = contrastive_loss(z, y[some], lam, P, cfg.tau, cfg.contrast)  # (N3)
+            some = balanced_rows(labels, size, rng).repeat(2).to(device)
+            level = torch.randint(len(a), some.shape, generator=rng).to(device)
+            noisy = contrast.perturb(d[some], a[level], s[level], rng)  # (N2)
+            P = head.preserved(d[some], noisy, y[some], a[level], s[level], centres)  # (N5)
+            lam = contrast.label_weights(u[some], y[some], cfg.lambda_eps)  # (N4)
+            z = head(noisy)
+            loss, undefined = LOSSES[cfg.contrast](z, y[some], lam, P, cfg.tau)  # (N3)
             optimizer.zero_grad()
-            run.finite(loss.item(), "contrastive loss", epoch, cfg.contrast_lr)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
-            run.finite(norm.item(), "gradient norm", epoch, cfg.contrast_lr)
+            norm = nn.utils.clip_grad_norm_(head.trained(), cfg.clip or math.inf)
             optimizer.step()
-            apart = orca.separability(z.detach(), y[some])
-            values = (loss.detach(), norm, apart, P.mean(), undefined)
-            sums += torch.tensor([float(value) for value in values])
-        names = ("contrast", "grad_norm", "separability", "preserved", "undefined")
-        values = dict(zip(names, (sums / cfg.contrast_steps_per_epoch).tolist(), strict=True))
-        record.log(epoch + 1, cfg.contrast_epochs, "contrast", **values)
+            apart = separability(z.detach(), y[some], K)
+            shown = {"separability": apart, "preserved": P.mean(), "undefined": undefined}
+            record.step(cfg.contrast_lr, contrast=loss, grad_norm=norm, **shown)
+        means = record.means()
+        record.log(cfg.contrast_epochs, **means)
         record.end_epoch()
-        missing += values["undefined"] / cfg.contrast_epochs
+        missing += means["undefined"] / cfg.contrast_epochs
     if missing:
         text = f"--contrast literal was undefined for {missing:.1%} of the classes of its batches"
         warnings.warn(f"{text}, which were left out; inner is always defined", stacklevel=2)
     run.synchronise(model.h_t)
 
 
-# Adapted from orca.finetune: what is frozen is that of slide 37
+# Adapted from orca.finetune: what is frozen is chosen on slide 37
 def finetune(model: Model, task: tasks.Task, cfg: Config, record: Record) -> float:
     """Stage 3 (N6): fine-tune all that is not frozen; the record keeps the best epoch's weights.
 
@@ -554,35 +537,53 @@ def finetune(model: Model, task: tasks.Task, cfg: Config, record: Record) -> flo
     """
     device = next(model.parameters()).device
     freeze(model, cfg.finetune)
+    new, body = [*model.f_t.parameters(), *model.h_t.parameters()], list(model.g.parameters())
+    groups = [{"params": new}, {"params": body, "lr": cfg.body_lr or cfg.lr}]
+    optimizer = run.optimizer_of(groups, cfg, cfg.lr, cfg.weight_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = run.optimizer_of(trained, cfg, cfg.lr, cfg.weight_decay)
     loader = run.batches(task.train, cfg, cfg.seed)
-    steps = (cfg.schedule_epochs or cfg.epochs) * len(loader)
-    factor = lambda step: run.rate(step, steps, cfg.warmup)  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = run.schedule_of(optimizer, cfg, len(loader))
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     changing = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    for epoch in record.begin("finetune", cfg.epochs, **changing):
+    for _ in record.begin("finetune", cfg.epochs, **changing):
         model.train()
         for batch in record.batches(loader):
-            lr, loss = schedule.get_last_lr()[0], 0.0
+            lr, loss = schedule.get_last_lr()[0], torch.zeros((), device=device)
             optimizer.zero_grad()
-            for x, y, weight in run.parts(batch, cfg.accumulate, device):
-                with autocast(device, cfg.precision):
+            for x, y, weight, _ in run.parts(batch, cfg.accumulate, task.weight):
+                with run.autocast(device, cfg.precision):
                     part = weight * task.loss(model(x), y)  # (N6)
                 scaler.scale(part).backward()
-                loss += part.item()
-            loss, norm = run.update(trained, optimizer, schedule, scaler, loss, cfg.clip)
-            record.step(schedule.last_epoch - 1, lr, loss, norm)
-            record.add(loss=loss / len(loader), norm=norm / len(loader))
-        error = orca.evaluate(model, "val", task, cfg)
-        means = {"train_loss": record.sums["loss"], "grad_norm": record.sums["norm"]}
-        record.log(epoch + 1, cfg.epochs, "finetune", lr=lr, **means, val_error=error)
+                loss += part.detach()
+            run.sum_gradients(trained)
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            record.step(lr, loss=loss, grad_norm=norm)
+        error, means = evaluate(model, "val", task, cfg), record.means()
+        shown = {"lr": lr, "train_loss": means["loss"], "grad_norm": means["grad_norm"]}
+        record.log(cfg.epochs, **shown, val_error=error)
         record.end_epoch(error, model)
     return record.best
 
 
 # ---- 8. Evaluation -------------------------------------------------------------------------------
+
+
+# Copied from orca.evaluate
+@torch.no_grad()
+def evaluate(model: nn.Module, split: str, task: tasks.Task, cfg: Config) -> float | None:
+    """The task's error on all predictions for a split together; None if test data have none."""
+    dataset, device = getattr(task, split), next(model.parameters()).device
+    model.eval()
+    out, labels = [], []
+    for x, y in run.split(dataset):
+        with run.autocast(device, cfg.precision):
+            out.append(model(x.to(device)).float().cpu())
+        labels.append(y)
+    return run.error_of(task, split, out, labels)
 
 
 @torch.no_grad()
@@ -595,13 +596,13 @@ def evaluate_both(model: Model, task: tasks.Task, cfg: Config) -> dict[str, floa
     errors, device, variance = {}, next(model.parameters()).device, []
     for kind in ("normal", "perturbed"):
         model.prediction = kind
-        errors[f"test_error_{kind}"] = orca.evaluate(model, "test", task, cfg)
+        errors[f"test_error_{kind}"] = evaluate(model, "test", task, cfg)
     model.prediction = cfg.prediction
     scale = model.h_t.std.clamp(min=1e-12) if task.kind == "regression" else 1.0
     for x, _ in run.split(task.test):
-        with autocast(device, cfg.precision):
+        with run.autocast(device, cfg.precision):
             variance.append((model.perturbed(x.to(device))[1] / scale**2).float().cpu())
-    variance = run.whole(torch.cat(variance), len(task.test))
+    variance = run.whole(variance, len(task.test))
     return {**errors, "std_perturbed": math.sqrt(variance.mean())}
 
 
@@ -626,53 +627,43 @@ def main(cfg: Config) -> dict:
         return {"predictions": run.predict(cfg, load)}
     start = time.time()
     cfg, task, net, tokenize, model, shape = build(cfg)
-    device = next(model.parameters()).device
     rows, labels = labelled(model, task, cfg)
-    if cfg.align != "none":
-        source = orca.load_source(cfg.source, cfg, tokenize)
     out = run.open_run(cfg, METHOD)
     record = Record(out, cfg, METHOD, start)
     if record.result:
         return record.result
-    run.describe(cfg, METHOD, task, model, out, {**shape, "body": bodies.describe(net)})
+    run.describe(cfg, METHOD, task, model, out, shape)
 
-    if cfg.align != "none":
-        f_s = orca.source_embedder(net).to(device)
-        z_s = orca.source_features(f_s, source, device, cfg.align_features)
-        orca.align(model, z_s, source.y.to(device), task, cfg, record)
-    contrast(model, task, rows, labels, cfg, record)  # stages 1 and 2
+    train_predictor(model, task, rows, labels, cfg, record)  # stages 1 and 2
     val_error = finetune(model, task, cfg, record)  # stage 3
-    run.load_weights(model, out / "model.safetensors")
+    record.restore_best(model)
     both = evaluate_both(model, task, cfg)
     errors = {"test_error": both[f"test_error_{cfg.prediction}"], "val_error": val_error, **both}
-    used = cfg.source if cfg.align != "none" else "none"
-    return run.finish(cfg, METHOD, task, model, record, errors, used)
+    return run.finish(cfg, METHOD, task, model, record, errors, "none")
 
 
-# Adapted from orca.build: the model knows the noise; what depends on the kind of task
+# Adapted from orca.build: the model knows the noise, and f^t may be one that orca.py has aligned
 def build(cfg: Config) -> tuple:
-    """cfg without gaps, task, body, its tokenizer, model, and what load() needs."""
+    """Settings without gaps, task, body, its tokenizer, model, and its description."""
     device, sigmas = run.start(cfg), scales(cfg)
-    which = (cfg.task, cfg.data, cfg.data_dir, cfg.seed, cfg.train_size or None, cfg.published)
-    task = tasks.load_task(*which)
-    cfg = orca.resolve(cfg, task)
-    batch = 512 if len(task.out_shape) == 1 else 128
+    task = run.load_task(cfg)
+    axes = len(task.x_shape)
+    cfg = run.resolve(cfg, task, bodies.TINY[axes], bodies.PATCHES[axes])
     preserve = "margin" if task.kind in ("classes", "labels") else "jacobian"
-    given = {"contrast_batch": batch, "preserve": preserve}
-    given["align_lr"] = orca.ALIGN_LR[len(task.x_shape)]
-    cfg = replace(cfg, **{key: getattr(cfg, key) or value for key, value in given.items()})
+    cfg = replace(cfg, preserve=cfg.preserve or preserve)
     net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
     shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
-    shape |= {"coordinates": cfg.coordinates, "kind": task.kind, "encoder": cfg.encoder}
-    shape |= {"noise": (sigmas, cfg.noise_steps), "prediction": (cfg.prediction, cfg.draws)}
+    shape |= {"kind": task.kind, "noise": (sigmas, cfg.noise_steps)}
+    shape |= {"prediction": (cfg.prediction, cfg.draws)}
     model = Model(net, **shape, init=cfg.embedder_init)
-    model.standardise(*tasks.statistics(task))
-    if cfg.encoder == "frozen" and tokenize:
-        model.f_t.read_numbers(net, tokenize)
+    f_t, h_t = model.f_t, model.h_t
+    f_t.mean, f_t.std, h_t.mean, h_t.std = tasks.statistics(task)
+    if cfg.f_t:
+        run.load_weights(f_t, Path(cfg.f_t) / "f_t.safetensors")
     model.g.recompute = cfg.recompute
     if cfg.compile:
         model.g.compile()
-    return cfg, task, net, tokenize, model.to(device), shape
+    return cfg, task, net, tokenize, model.to(device), {**shape, "body": bodies.describe(net)}
 
 
 def scales(cfg: Config) -> list[float]:
