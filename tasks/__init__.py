@@ -58,6 +58,10 @@ class Task:
         """Of the prediction for one sample: (K,), (C, L) or (C, H, W)."""
         return (self.num_classes,) if self.kind == "classes" else self.y_shape
 
+    def weight(self, y: Tensor) -> int:
+        """How many terms the loss of a part of a batch is the mean of: see metrics.terms()."""
+        return metrics.terms(self.loss, y)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -73,9 +77,14 @@ class Source:
         """Of the prediction for one sample: (K,) or (1, S, S)."""
         return (len(self.classes),) if self.y.ndim == 1 else tuple(self.y.shape[1:])
 
-    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+    @property
+    def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Of h^s, for a batch: cross-entropy of classes, or of the pixels of masks."""
-        return (metrics.cross_entropy if self.y.ndim == 1 else metrics.bce)(out, y)
+        return metrics.cross_entropy if self.y.ndim == 1 else metrics.bce
+
+    def weight(self, y: Tensor) -> int:
+        """How many terms the loss of a part of a batch is the mean of: see metrics.terms()."""
+        return metrics.terms(self.loss, y)
 
 
 def load_task(
