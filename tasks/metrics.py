@@ -191,7 +191,7 @@ def relative_rmse(out: Tensor, y: Tensor) -> float:
     _check_values(out, y)
     out, y = out.double(), y.double()
     spread = (y - y.nanmean(dim=0)).square().nanmean()
-    if not spread > 0:
+    if not varies(y):  # careful: rounding makes the spread of 0.1, 0.1, 0.1 larger than 0
         raise ValueError("the targets do not vary from sample to sample: use relative_l2")
     return float(((out - y).square().nanmean() / spread).sqrt())
 
@@ -222,6 +222,13 @@ def mae8(out: Tensor, y: Tensor) -> float:
 
 
 # ---- what they share -------------------------------------------------------------------------
+
+
+def varies(y: Tensor) -> bool:
+    """Whether any entry of y, (n, ...), differs between the samples where it is known."""
+    unknown = y.isnan()
+    high, low = (torch.where(unknown, limit, y) for limit in (-torch.inf, torch.inf))
+    return bool((high.amax(dim=0) > low.amin(dim=0)).any()) if len(y) else False
 
 
 def _same_shape(out, y):
