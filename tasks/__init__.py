@@ -8,7 +8,7 @@ import copy
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from tasks import download, metrics, own
+from tasks.augment import Augmented
 
 NAMES = ("cifar100", "spherical", "darcy", "psicov", "cosmic", "ninapro", "fsd50k", "ecg")
 NAMES += ("satellite", "deepsea")  # NAS-Bench-360
@@ -52,11 +53,18 @@ class Task:
     train: Dataset  # of (x float32, y)
     val: Dataset
     test: Dataset
+    settings: dict = field(default_factory=dict)  # of a script's Config, on the embedded data
+    encoding: dict = field(default_factory=dict)  # of own data: see own.py; JSON holds it
+    notices: tuple[str, ...] = ()  # what the user should know of how the data were taken
 
     @property
     def out_shape(self) -> tuple[int, ...]:
         """Of the prediction for one sample: (K,), (C, L) or (C, H, W)."""
         return (self.num_classes,) if self.kind == "classes" else self.y_shape
+
+    def weight(self, y: Tensor) -> int:
+        """How many terms the loss of a part of a batch is the mean of: see metrics.terms()."""
+        return metrics.terms(self.loss, y)
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,14 @@ class Source:
         """Of the prediction for one sample: (K,) or (1, S, S)."""
         return (len(self.classes),) if self.y.ndim == 1 else tuple(self.y.shape[1:])
 
-    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+    @property
+    def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Of h^s, for a batch: cross-entropy of classes, or of the pixels of masks."""
-        return (metrics.cross_entropy if self.y.ndim == 1 else metrics.bce)(out, y)
+        return metrics.cross_entropy if self.y.ndim == 1 else metrics.bce
+
+    def weight(self, y: Tensor) -> int:
+        """How many terms the loss of a part of a batch is the mean of: see metrics.terms()."""
+        return metrics.terms(self.loss, y)
 
 
 def load_task(
@@ -85,8 +98,10 @@ def load_task(
     seed: int = 0,
     train_size: int | None = None,
     published: bool = False,
+    kind: str = "",
+    augment: bool = False,
 ) -> Task:
-    """Load a target task.
+    """Load a target task, and check what can be known of it before training: see check().
 
     Args:
         name: one of NAMES, or the path of an npz file of your own.
@@ -96,14 +111,18 @@ def load_task(
         seed: of the simulation, and of what is held out or left out.
         train_size: how many training samples; default: the task's own number, or all there are.
         published: of PDES, the papers' grid, times and inputs where the task's own are others.
+        kind: of a file of your own, "classes" or "regression"; default: as the type of y says.
+        augment: crop and mirror the training images at random, where they have classes.
     Raises: ValueError or FileNotFoundError, one line that says what to do.
     """
     if train_size is not None and train_size < 1:
         raise ValueError(f"train_size={train_size} is no number of samples; give 1 or more")
     if published and name not in PDES:
         raise ValueError(f"'{name}' has no other published problem; those are {', '.join(PDES)}")
+    if kind and not name.endswith(".npz"):
+        raise ValueError(f"kind '{kind}' is for a FILE.npz of your own; '{name}' has its own kind")
     if name.endswith(".npz"):
-        record, sets = _own(Path(name), seed)
+        record, sets = _own(Path(name), seed, kind)
         data = "file"
     elif name not in NAMES:
         raise ValueError(f"no task '{name}'; choose one of {', '.join(NAMES)}, or your FILE.npz")
@@ -117,14 +136,35 @@ def load_task(
         sets["train"] = _subset(sets["train"], train_size, seed)
     x, y = sets["train"][0]  # real samples can be larger than simulated ones (PSICOV)
     record |= {"x_shape": tuple(x.shape), "y_shape": tuple(y.shape)}
-    return Task(name=name, data=data, **record, **sets)
+    task = Task(name=name, data=data, **record, **sets)
+    task = replace(task, notices=(*task.notices, *check(task)))
+    if augment and (task.kind != "classes" or len(task.x_shape) != 3):
+        raise ValueError(
+            f"'{name}' is not images with classes; only those are cropped and mirrored"
+        )
+    return replace(task, train=Augmented(task.train)) if augment else task
+
+
+def settings(name: str) -> dict:
+    """What a task changes of a script's defaults on the embedded data: fields of its Config."""
+    if name not in NAMES:
+        return {}
+    return importlib.import_module(f"tasks.{name}").TASK.get("settings", {})
 
 
 def _subset(dataset: Dataset, size: int, seed: int) -> Subset:
-    if size > len(dataset):
-        raise ValueError(f"train_size={size} exceeds the {len(dataset)} training samples")
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    return Subset(dataset, order[:size].tolist())
+    """Random samples of a data set, a sample of every class among them if size allows it."""
+    n = len(dataset)
+    if size > n:
+        raise ValueError(f"train_size={size} exceeds the {n} training samples")
+    order = np.random.default_rng(seed).permutation(n)
+    place = np.arange(n)
+    y = _targets(dataset)
+    if y is not None and y.ndim == 1:
+        _, first = np.unique(y.numpy()[order], return_index=True)  # of each class
+        place[first] -= n
+    chosen = np.sort(np.argsort(place)[:size])
+    return Subset(dataset, order[chosen].tolist())
 
 
 def _record(module, how: dict) -> dict:
@@ -157,12 +197,20 @@ def _real(name: str, root: Path, seed: int, how: dict) -> tuple[dict, dict]:
     return _record(module, how), sets
 
 
+def _targets(dataset: Dataset) -> Tensor | None:
+    """All labels of a data set, (n, ...), if they are in memory."""
+    if isinstance(dataset, Subset):
+        y = _targets(dataset.dataset)
+        return None if y is None else y[dataset.indices]
+    tensors = getattr(dataset, "tensors", None)
+    return None if tensors is None else tensors[1]
+
+
 def _held_out(train: Dataset, seed: int) -> tuple[Subset, Subset]:
     """Split a validation set off the training set."""
-    tensors = getattr(train, "tensors", None)  # a data set that is not in memory has none
-    classes = tensors is not None and tensors[1].ndim == 1
-    labels = tensors[1].numpy() if classes else np.zeros(len(train), dtype=np.int64)
-    kept, held = hold_out(labels, seed)
+    y = _targets(train)
+    classes = y is not None and y.ndim == 1
+    kept, held = hold_out(y.numpy() if classes else np.zeros(len(train), dtype=np.int64), seed)
     still = copy.copy(train)
     if hasattr(still, "fixed"):  # a data set that varies its samples: not those of validation
         still.fixed = True
@@ -180,26 +228,90 @@ def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]  # by class, at random within a class
     _, first = np.unique(labels[order], return_index=True)
-    held = np.zeros(len(labels), dtype=bool)
-    held[order[HOLD_OUT - 1 :: HOLD_OUT]] = True
-    held[order[first]] = False
-    if not held.any():
+    spare = np.setdiff1d(np.arange(len(labels)), first)  # every class keeps its first sample
+    tenth = np.intersect1d(spare, np.arange(HOLD_OUT - 1, len(labels), HOLD_OUT))
+    if not len(tenth):  # all of them are the only samples of their classes
+        tenth = spare[: len(labels) // HOLD_OUT]
+    if not len(tenth):
+        of = f" of {len(first)} classes" if len(first) > 1 else ""
         raise ValueError(
-            f"{len(labels)} training samples are too few to hold some out for validation; "
-            f"give x_val and y_val, or at least {HOLD_OUT} samples"
+            f"{len(labels)} training samples{of} are too few to hold some out for validation; "
+            f"give x_val and y_val, or at least {HOLD_OUT} samples and more than one of a class"
         )
+    held = np.zeros(len(labels), dtype=bool)
+    held[order[tenth]] = True
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def _own(path: Path, seed: int) -> tuple[dict, dict]:
-    record, splits = own.read(path)
+def _own(path: Path, seed: int, kind: str) -> tuple[dict, dict]:
+    record, splits = own.read(path, kind)
     sets = {split: _dataset(pair) for split, pair in splits.items()}
     if "val" not in sets:
         try:
             sets["train"], sets["val"] = _held_out(sets["train"], seed)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError("; ".join([f"{path}: {error}", *record["notices"]])) from None
     return record, sets
+
+
+# ---- what can be said of a task before training ----
+
+
+def describe(task: Task) -> str:
+    """What the data were taken for, such as "x=series 1x64 y=field 1x64" or "... y=2 classes"."""
+    sizes = "x".join(map(str, task.x_shape))
+    shape = "x".join(map(str, task.y_shape))
+    if task.kind in ("classes", "labels"):
+        y = f"{task.num_classes} {task.kind}"
+    elif len(task.y_shape) == 1:
+        y = f"{shape} number{'s' * (task.y_shape != (1,))}"
+    else:
+        y = f"{'mask' if task.kind == 'mask' else 'field'} {shape}"
+    return f"x={'series' if len(task.x_shape) == 2 else 'image'} {sizes} y={y}"
+
+
+def check(task: Task) -> list[str]:
+    """Look for what would end a run only after training, in those splits that are in memory.
+
+    Returns: notices: what is no reason not to train, but that there will be no test error.
+    Raises: ValueError, naming file, array and split, if there is nothing to learn, or no validation
+        error to choose the best epoch by.
+    """
+    name, notices = task.name, []
+    y = _targets(task.train)
+    if y is not None:
+        reason = _nothing_to_learn(task, y)
+        if reason:
+            raise ValueError(f"{name}: y_train {reason}")
+    held_out = "the part of y_train that validates" if isinstance(task.val, Subset) else "y_val"
+    for split, what in (("val", held_out), ("test", "y_test")):
+        y = _targets(getattr(task, split))
+        try:
+            if y is not None:
+                task.metric(torch.zeros(len(y), *task.out_shape), y)
+        except ValueError as error:
+            if split == "val":
+                raise ValueError(
+                    f"{name}: {what} ({len(y)} samples) has no {task.metric_name}: {error}"
+                ) from None
+            notices.append(f"{what} ({len(y)} samples) has no {task.metric_name}: {error}")
+    return notices
+
+
+def _nothing_to_learn(task: Task, y: Tensor) -> str:
+    """Why the training targets y, (n, ...), teach nothing; "" if they do."""
+    if task.kind == "classes":
+        return "" if len(y.unique()) > 1 else f"holds a single class, {y[0]}"
+    if task.loss is metrics.relative_l2_loss:
+        try:
+            metrics.relative_l2(y.nan_to_num(), y)
+        except ValueError as error:
+            return f"holds samples whose error is not defined: {error}"
+    if task.kind == "mask":
+        y = y.movedim(1, 0).flatten(1).T  # (points, C): a mask varies if any of its points does
+    if metrics.varies(y):
+        return ""
+    return f"is constant over its {len(y)} samples" if task.kind != "mask" else "is constant"
 
 
 # ---- what the methods compute of a task ----
@@ -288,12 +400,15 @@ def some_classes(task: Task, seed: int = 0) -> tuple[list[int], Tensor]:
 
 
 def _some(task: Task, seed: int) -> Subset:
-    """Random training samples, in their order, ENOUGH but MOST numbers in all; or all samples."""
+    """Random training samples, in their order, ENOUGH but MOST numbers in all; or all samples.
+
+    Of images as they are, not cropped or mirrored.
+    """
     rows = np.arange(len(task.train))
     enough = max(1, min(ENOUGH, MOST // math.prod(task.x_shape)))
     if len(rows) > enough:
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:enough])
-    return Subset(task.train, rows.tolist())
+    return Subset(getattr(task.train, "plain", task.train), rows.tolist())
 
 
 def load_source(

@@ -3,8 +3,8 @@
 Real data: Krizhevsky 2009, Learning multiple layers of features from tiny images; in the benchmark
 of NAS-Bench-360 (Tu et al. 2022). 50,000 training and 10,000 test images of 32 x 32 pixels, from
 `cifar100/cifar-100-python.tar.gz` or its folder `cifar-100-python` beside it, read by torchvision.
-The last tenth of the training images validates; the files are in random order. As in the published
-code, every look at a training image crops it at random after padding it by 4, and mirrors half.
+The last tenth of the training images validates; the files are in random order. --paper crops and
+mirrors the training images (augment.py), as the published code does.
 
 Simulated data: an outline filled with a texture, 10 x 10 classes, before a distracting background,
 drawn with the parts of tasks/sources/shapes.py. Unlike there, the objects stand upright but for a
@@ -33,7 +33,6 @@ FILES = {
     )
 }
 SIZE, NUM_CLASSES = 32, 100
-PAD = 4  # pixels around a training image before it is cropped
 HUES = np.random.default_rng(100).uniform(0, 1, NUM_CLASSES)  # of the classes, in turns
 HUE_SD, TURN_SD, CLUTTER = 0.1, 0.2, 0.3  # spread of hue in turns and of angle in radians; contrast
 
@@ -70,30 +69,17 @@ def tint(hue: np.ndarray) -> np.ndarray:
 
 
 class Images(Dataset):
-    """Images kept as bytes, (n, 3, H, W) uint8, that become float32 in 0..1 when they are used.
+    """Images kept as bytes, (n, 3, H, W) uint8, that become float32 in 0..1 when they are used."""
 
-    With augment, an image is another one every time, by torch's own random numbers: they follow
-    torch.manual_seed, and the workers of a DataLoader have different ones.
-    """
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, augment: bool = False):
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
         self.tensors = torch.from_numpy(images), torch.from_numpy(labels)
-        self.augment = augment
 
     def __len__(self) -> int:
         return len(self.tensors[1])
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         x, y = (tensor[i] for tensor in self.tensors)
-        return (cropped(x) if self.augment else x).float() / 255, y
-
-
-def cropped(x: Tensor) -> Tensor:
-    """A random crop of x, (C, H, W), after padding it with zeros, mirrored every other time."""
-    _, H, W = x.shape
-    top, left = torch.randint(2 * PAD + 1, (2,)).tolist()
-    x = torch.nn.functional.pad(x, (PAD, PAD, PAD, PAD))[:, top : top + H, left : left + W]
-    return x.flip(2) if torch.rand(()) < 0.5 else x
+        return x.float() / 255, y
 
 
 def read(root: Path, split: str) -> Images:
@@ -110,7 +96,7 @@ def read(root: Path, split: str) -> Images:
     labels = np.array(data.targets, dtype=np.int64)
     held_out = len(labels) // 10
     rows = {"train": slice(0, -held_out), "val": slice(-held_out, None), "test": slice(None)}[split]
-    return Images(images[rows], labels[rows], augment=split == "train")
+    return Images(images[rows], labels[rows])
 
 
 TASK = {

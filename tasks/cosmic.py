@@ -225,6 +225,7 @@ TASK = {
     "metric_name": "1 - AUROC",
     "sources": {"embedded": "shapes", "paper": "voc"},
     "splits": ("train", "test"),
+    "settings": {"patches": 1024},
     "sizes": {"train": 240, "val": 60, "test": 120},
     "published": {  # careful: of masks after a threshold, which leaves an AUROC at one point only
         "Hand-designed": 0.127,

@@ -137,6 +137,7 @@ TASK = {
     "metric_name": "1 - AUROC",
     "sources": {"embedded": "words", "paper": "conll2003"},
     "splits": ("train", "val", "test"),
+    "settings": {"patches": 50},
     "sizes": {"train": 2000, "val": 400, "test": 1000},
     "published": {
         "Hand-designed": 0.30,

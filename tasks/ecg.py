@@ -231,6 +231,7 @@ TASK = {
     "metric_name": "1 - macro F1",
     "sources": {"embedded": "words", "paper": "conll2003"},
     "splits": ("train", "val", "test"),
+    "settings": {"patches": 50},
     "sizes": {"train": 1500, "val": 300, "test": 600},
     "published": {
         "Hand-designed": 0.28,

@@ -7,6 +7,7 @@ only remembers what it was given. Arrays are made afterwards, from bytes whose t
 been checked, and what is not plain data is refused.
 """
 
+import io
 import math
 import mmap
 import pickle
@@ -193,13 +194,17 @@ def _one_line(error: Exception) -> str:
 
 
 def read_npz(
-    path: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()
+    path: Path,
+    required: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    text: tuple[str, ...] = (),
 ) -> dict[str, np.ndarray]:
     """The named arrays of a .npz file, in that order: rectangular, numeric, finite, not empty.
 
     Args:
         required, optional: names; an optional array that is not there is left out of the result,
             as are arrays of other names.
+        text: names of arrays that may also hold text, of a fixed width or as Python objects.
     Raises: FileNotFoundError; ValueError that says what was found and what to save instead.
     """
     path = Path(path)
@@ -223,28 +228,31 @@ def read_npz(
                 f"got {', '.join(npz.files) or 'none'}"
             )
         names = [name for name in (*required, *optional) if name in npz.files]
-        return {name: _member(path, npz, name) for name in names}
+        return {name: _member(path, npz, name, name in text) for name in names}
 
 
-def _member(path: Path, npz: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+def _member(path: Path, npz: np.lib.npyio.NpzFile, name: str, text: bool) -> np.ndarray:
     """One array of a .npz file, checked."""
     try:
         array = npz[name]
     except Exception as error:
-        if "Object arrays" in str(error):  # numpy's words for pickled content
+        if "Object arrays" not in str(error):  # numpy's words for pickled content
+            raise ValueError(
+                f"{path}: {name} is damaged ({_one_line(error)}); save the file again with "
+                "numpy.savez"
+            ) from None
+        if not text:
             raise ValueError(
                 f"{path}: {name} holds Python objects (ragged rows?); "
                 "save rectangular numeric arrays"
             ) from None
-        raise ValueError(
-            f"{path}: {name} is damaged ({_one_line(error)}); save the file again with numpy.savez"
-        ) from None
+        array = _labels(path, npz, name)
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path}: {name} is not an array; save arrays with numpy.savez")
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in ("biufU" if text else "biuf"):
         raise ValueError(
-            f"{path}: {name} has dtype {array.dtype}; expected real numbers: "
-            "save integers, floats or bools"
+            f"{path}: {name} has dtype {array.dtype}; expected real numbers{' or text' * text}: "
+            f"save integers, floats or bools{', or astype(str)' * text}"
         )
     if array.size == 0:
         raise ValueError(f"{path}: {name} is empty, shape {array.shape}; expected one row or more")
@@ -256,3 +264,18 @@ def _member(path: Path, npz: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
             f"first at index {first}; fill them in or leave their rows out"
         )
     return _native(array)
+
+
+def _labels(path: Path, npz: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    """An array of Python objects that are all text, or all whole numbers (pandas saves such)."""
+    try:
+        content = _read(io.BytesIO(npz.zip.read(f"{name}.npy")))
+        values = content.ravel().tolist()
+        if not any(all(isinstance(v, kind) for v in values) for kind in (str, int)):
+            raise ValueError("they are not all text, or all whole numbers")
+        return np.array(values).reshape(content.shape)
+    except Exception as error:  # anything can be in a pickle
+        raise ValueError(
+            f"{path}: {name} holds Python objects ({_one_line(error)}); save text with "
+            f"{name}.astype(str), numbers as numbers"
+        ) from None

@@ -4,7 +4,13 @@ An error is computed once, on the predictions for all samples together: averages
 the published code takes them, are another number for anything that is not a plain mean. What has
 no value (no positive to rank, no pair to measure) is an error with a remedy, never NaN. In targets
 that are dense or labels, NaN means unknown: no loss and no error is taken there.
+
+Every loss is a mean over terms, and terms(loss, y) says how many there are. So the parts of a batch
+add up to the batch, whatever is unknown in each:
+    loss(batch) = sum over parts of terms(part) * loss(part) / sum over parts of terms(part)
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,31 +27,57 @@ def cross_entropy(out: Tensor, y: Tensor) -> Tensor:
 
 
 def bce(out: Tensor, y: Tensor, pos_weight: float = 1.0) -> Tensor:
-    """Mean binary cross-entropy in nats, positives weighted by pos_weight.
+    """Mean binary cross-entropy in nats over the known entries, positives weighted by pos_weight.
 
-    out: logits; y: 0, 1 or NaN (left out), of the same shape.
+    out: logits; y: 0, 1 or NaN (left out), of the same shape. 0 if every entry is unknown.
     """
-    out, y = _known(out, y)
-    return F.binary_cross_entropy_with_logits(out, y, pos_weight=out.new_tensor(pos_weight))
+    known, y = _known(out, y)
+    weight = out.new_tensor(pos_weight)
+    each = F.binary_cross_entropy_with_logits(out, y, pos_weight=weight, reduction="none")
+    return _mean(each, known)
 
 
 def mse(out: Tensor, y: Tensor, clip: float = float("inf"), scale: float = 1.0) -> Tensor:
-    """Mean of (out - min(y, clip))^2 / scale^2 over the known entries; out and y of one shape."""
-    out, y = _known(out, y)
-    return F.mse_loss(out / scale, y.clamp(max=clip) / scale)
+    """Mean of (out - min(y, clip))^2 / scale^2 over the known entries; out and y of one shape.
+
+    0 if every entry is unknown.
+    """
+    known, y = _known(out, y)
+    return _mean(F.mse_loss(out / scale, y.clamp(max=clip) / scale, reduction="none"), known)
 
 
 def relative_l2_loss(out: Tensor, y: Tensor) -> Tensor:
-    """Mean over samples of |out - y| / |y|: 2-norms over all known entries of a sample.
+    """Mean of |out - y| / |y| over all channels of all samples: the nRMSE of PDEBench.
 
-    Raises: ValueError if the shapes differ or a sample of y is zero or unknown everywhere.
+    The 2-norms are those of one channel of one sample, over its known points. The K numbers of y
+    (B, K) count as one channel. A channel that is unknown everywhere is left out; 0 if all are.
+    careful: infinite where a channel is known and zero everywhere; tasks.check refuses such data.
+
+    Args:
+        out, y: (B, K), (B, C, L) or (B, C, H, W), the same shape; NaN in y is unknown.
+    Source: PDEBench, metrics.py, which averages over channels, too. Differs: known points only.
     """
-    _same_shape(out, y)
+    known, y = _known(out, y)
+    gap = _norms(torch.where(known, out - y, 0))
+    counted = _channels(known).any(dim=-1)
+    size = torch.where(counted, _norms(y), 1)
+    return _mean(gap / size, counted)
+
+
+def terms(loss: Callable, y: Tensor) -> int:
+    """How many terms a loss of this file is the mean of: 0 where nothing of y is known.
+
+    Args:
+        loss: one of the losses above, or a functools.partial of one.
+        y: the targets of a batch or of a part of it.
+    """
+    loss = getattr(loss, "func", loss)
+    if loss is cross_entropy:
+        return len(y)
     known = ~y.isnan()
-    gap, size = (torch.where(known, v, 0).flatten(1).norm(dim=1) for v in (out - y, y))
-    if not len(y) or not (size > 0).all():
-        raise ValueError("a target is zero or unknown everywhere: leave it out, or use mse")
-    return (gap / size).mean()
+    if loss is relative_l2_loss:
+        known = _channels(known).any(dim=-1)
+    return int(known.sum())
 
 
 # ---- errors: a float -------------------------------------------------------------------------
@@ -132,13 +164,17 @@ def auroc(out: Tensor, y: Tensor) -> float:
 
 
 def relative_l2(out: Tensor, y: Tensor) -> float:
-    """Mean over samples of |out - y| / |y|, 2-norms over all entries; the nRMSE of PDEBench.
+    """The relative_l2_loss of all samples: the nRMSE of PDEBench, per channel, then averaged.
 
     Args:
-        out, y: (n, ...), the same shape; NaN in y is left out.
-    Raises: as relative_l2_loss; FloatingPointError if a prediction is not finite.
+        out, y: (n, K), (n, C, L) or (n, C, H, W), the same shape; NaN in y is left out.
+    Raises: ValueError if the shapes differ, a channel of a sample is zero everywhere, or nothing is
+        known; FloatingPointError if a prediction is not finite.
     """
     _check_values(out, y)
+    known = _channels(~y.isnan()).any(dim=-1)
+    if not known.any() or not (_norms(y.nan_to_num())[known] > 0).all():
+        raise ValueError("a target is zero or unknown everywhere: leave it out, or use mse")
     return float(relative_l2_loss(out.double(), y.double()))
 
 
@@ -155,7 +191,7 @@ def relative_rmse(out: Tensor, y: Tensor) -> float:
     _check_values(out, y)
     out, y = out.double(), y.double()
     spread = (y - y.nanmean(dim=0)).square().nanmean()
-    if not spread > 0:
+    if not varies(y):  # careful: rounding makes the spread of 0.1, 0.1, 0.1 larger than 0
         raise ValueError("the targets do not vary from sample to sample: use relative_l2")
     return float(((out - y).square().nanmean() / spread).sqrt())
 
@@ -188,6 +224,13 @@ def mae8(out: Tensor, y: Tensor) -> float:
 # ---- what they share -------------------------------------------------------------------------
 
 
+def varies(y: Tensor) -> bool:
+    """Whether any entry of y, (n, ...), differs between the samples where it is known."""
+    unknown = y.isnan()
+    high, low = (torch.where(unknown, limit, y) for limit in (-torch.inf, torch.inf))
+    return bool((high.amax(dim=0) > low.amin(dim=0)).any()) if len(y) else False
+
+
 def _same_shape(out, y):
     if out.shape != y.shape:  # careful: they would broadcast
         raise ValueError(
@@ -195,13 +238,27 @@ def _same_shape(out, y):
         )
 
 
+# careful: the losses take no rows out by a mask, which would make a GPU wait for the CPU
 def _known(out, y):
-    """The entries where y is known, in one row."""
+    """Where y is known, and y with zeros where it is not."""
     _same_shape(out, y)
     known = ~y.isnan()
-    if not known.any():
-        raise ValueError("every target of the batch is unknown: leave such samples out")
-    return out[known], y[known]
+    return known, torch.where(known, y, 0)
+
+
+def _mean(values, counted):
+    """The mean of those values that count; 0 if none does."""
+    return torch.where(counted, values, 0).sum() / counted.sum().clamp(min=1)
+
+
+def _channels(values):
+    """(n, K) -> (n, 1, K), (n, C, ...) -> (n, C, points): the points of each channel in a row."""
+    return values.unsqueeze(1) if values.ndim == 2 else values.flatten(2)
+
+
+def _norms(values):
+    """The 2-norm of each channel of each sample: (n, C, ...) -> (n, C)."""
+    return _channels(values).norm(dim=-1)
 
 
 def _check_finite(out):

@@ -1,8 +1,9 @@
-"""What ORCA's authors trained each task with (their released settings); PaRe's differ in a few.
+"""What ORCA's and PaRe's authors trained each task with (their released settings): --paper.
 
-A row is a dict of fields of orca.Config. careful: the released code adds up the gradients of
-accumulated batches where we average them. So lr is its own times `accumulate` (SGD), weight_decay
-its own over `accumulate` (SGD, Adam).
+ORCA[task] and PARE[task] are dicts of the fields of a script's Config. careful: the released code
+adds up the gradients of accumulated batches where we average them. So lr is its own times
+`accumulate` (SGD), weight_decay its own over `accumulate` (SGD, Adam), clip its own over
+`accumulate`.
 """
 
 from tasks import PDES
@@ -38,9 +39,17 @@ OWN |= {"diffusion_sorption": {"patches": 32}, "navier_stokes_1d": {"patches": 1
 SERIES = ("ecg", "satellite", "deepsea", *PDES[:5])
 ALL = {"data": "real", "beta2": 0.98, "align_epochs": 60, "align_steps_per_epoch": 1}
 ALL |= {"align_drop": 20, "align_samples": 1280, "source_size": 5000}  # of all classes together
-KIND = {
-    True: {"source": "conll2003", "patches": 512},
-    False: {"source": "cifar10", "patches": 3136},
+KIND = {  # by whether it is a series; the bodies are bodies.ROBERTA_BASE and bodies.SWIN_BASE
+    True: {
+        "source": "conll2003",
+        "patches": 512,
+        "body": "FacebookAI/roberta-base@e2da8e2f811d1448a5b465c236feacd80ffbac7b",
+    },
+    False: {
+        "source": "cifar10",
+        "patches": 3136,
+        "body": "swin_base_patch4_window7_224.ms_in22k",
+    },
 }
 ORCA = {
     task: ALL
@@ -50,3 +59,28 @@ ORCA = {
     | OWN.get(task, {})
     for task, row in ROWS.items()
 }
+
+# ---- PaRe: ORCA's but for these. k0, k_end and mix_weight are the source's share in training ----
+
+CLASSES = {"k0": 2000, "k_end": 525, "mix_weight": 1.0}  # images with classes or labels
+FIELDS = {"k0": 1000, "k_end": 505, "mix_weight": 0.3}  # images with dense targets
+FIELDS |= {"source": "voc", "source_size": 1464}  # all images of its training set that have masks
+TEXT = {"k0": 32, "k_end": 0, "mix_weight": 0.1}  # series
+CHANGES = {
+    "cifar100": CLASSES,
+    "spherical": CLASSES | {"source": "tiny_imagenet", "accumulate": 8},
+    "darcy": FIELDS,
+    "psicov": FIELDS,  # k0 and k_end were not published
+    "cosmic": FIELDS | {"k0": 500, "k_end": 8},
+    "ninapro": CLASSES | {"accumulate": 2, "weight_decay": 1e-5 / 2, "clip": 0.5},
+    "fsd50k": CLASSES | {"lr": 3e-5, "k_end": 515},
+    "ecg": TEXT
+    | {"optimizer": "adamw", "lr": 3e-5, "weight_decay": 0.1, "accumulate": 1, "k_end": 2},
+    "satellite": TEXT | {"accumulate": 1},
+    "deepsea": TEXT | {"epochs": 25, "k_end": 1},
+    # PaRe's settings for PDEs were not published: those of the same kind of task
+    **dict.fromkeys(("advection", "burgers", "diffusion_reaction_1d", "navier_stokes_1d"), TEXT),
+    "diffusion_sorption": TEXT | {"k0": 22},  # of 32 patches
+    **dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), FIELDS),
+}
+PARE = {task: row | {"lam": "k/N"} | CHANGES[task] for task, row in ORCA.items()}

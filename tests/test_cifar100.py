@@ -10,7 +10,9 @@ import pytest
 import torch
 from torchvision import datasets
 
+import tasks
 from tasks import cifar100
+from tasks.augment import Augmented
 from tasks.sources import shapes
 
 OUTLINE = {name: k for k, name in enumerate(shapes.OUTLINES)}
@@ -93,7 +95,7 @@ def test_images_are_bytes_until_they_are_used():
 
 def test_augmentation_is_a_crop_of_the_padded_image_or_of_its_mirror_image():
     image = np.random.default_rng(0).integers(1, 256, (1, 3, 32, 32), dtype=np.uint8)
-    data = cifar100.Images(image, np.array([0]), augment=True)
+    data = Augmented(cifar100.Images(image, np.array([0])))
     padded = np.pad(image[0], ((0, 0), (4, 4), (4, 4)))
     crops = {
         padded[:, top : top + 32, left : left + 32][:, :, ::step].tobytes(): (top, left, step)
@@ -110,13 +112,34 @@ def test_augmentation_is_a_crop_of_the_padded_image_or_of_its_mirror_image():
 
 def test_augmentation_follows_the_seed_of_torch():
     image = np.random.default_rng(0).integers(1, 256, (1, 3, 32, 32), dtype=np.uint8)
-    data = cifar100.Images(image, np.array([0]), augment=True)
+    data = Augmented(cifar100.Images(image, np.array([0])))
     looks = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         looks.append(torch.stack([data[0][0] for _ in range(5)]))
     assert torch.equal(looks[0], looks[1]) and not torch.equal(looks[0], looks[2])
     assert not torch.equal(looks[0][0], looks[0][1])
+
+
+@pytest.mark.parametrize("size", [None, 150])
+def test_training_images_alone_are_augmented_and_only_if_asked_for(size):
+    plain, other = (tasks.load_task("cifar100", train_size=size, augment=a) for a in (False, True))
+    assert torch.equal(plain.train[3][0], plain.train[3][0])
+    assert torch.equal(other.train.plain[3][0], plain.train[3][0])
+    looks = torch.stack([other.train[3][0] for _ in range(8)])
+    assert looks.shape == (8, 3, 32, 32) and looks.std(dim=0).max() > 0
+    assert len(other.train) == len(plain.train) and other.train[3][1] == plain.train[3][1]
+    for split in ("val", "test"):
+        first, again = getattr(other, split)[0][0], getattr(other, split)[0][0]
+        assert torch.equal(first, again) and torch.equal(first, getattr(plain, split)[0][0])
+    for a, b in zip(tasks.statistics(plain), tasks.statistics(other), strict=True):
+        assert torch.equal(a, b)  # of the images as they are
+
+
+@pytest.mark.parametrize("name", ["satellite", "fsd50k", "darcy_2d"])
+def test_what_has_no_class_to_keep_is_not_augmented(name):
+    with pytest.raises(ValueError, match=f"'{name}' is not images with classes"):
+        tasks.load_task(name, train_size=4 if name != "satellite" else 48, augment=True)
 
 
 # ---- the real files ----
@@ -164,7 +187,6 @@ def test_read_gives_the_real_images(real, capsys):
     np.testing.assert_array_equal(train.tensors[0].numpy(), images[:180])
     np.testing.assert_array_equal(val.tensors[0].numpy(), images[180:])
     assert train.tensors[1].tolist() + val.tensors[1].tolist() == labels
-    assert [part.augment for part in (train, val, test)] == [True, False, False]
     assert capsys.readouterr().out == ""
 
 

@@ -1,5 +1,7 @@
 """The data: what is simulated, what is read, what is held out."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -215,3 +217,14 @@ def test_unknown_names_are_refused():
         tasks.load_source("shapes", tokenize=letters)
     with pytest.raises(ValueError, match="no data 'fake'"):
         tasks.load_task("satellite", data="fake")
+
+
+def test_a_task_and_a_source_weigh_the_parts_of_a_batch_by_what_is_known():
+    task, _, y = counted(50)
+    task = dataclasses.replace(task, loss=metrics.mse)
+    assert task.weight(y[:7]) == int(y[:7].isfinite().sum()) < y[:7].numel()
+    task = dataclasses.replace(task, loss=metrics.relative_l2_loss)
+    assert task.weight(y[:7]) == 7 * 2  # channels
+    classes = tasks.Source("s", y, torch.arange(50) % 3, ["a", "b", "c"])
+    masks = tasks.Source("s", y, torch.ones(50, 1, 4, 4), ["thing"])
+    assert classes.weight(classes.y[:9]) == 9 and masks.weight(masks.y[:9]) == 9 * 16
