@@ -1,88 +1,108 @@
-"""The only door to pretrained bodies: load_body() from a name, rebuild() from a run's config.json,
-adapt() for the body g of slide 7.
+"""The only door to pretrained bodies: load_body() from a name, rebuild() from a run's config.json.
 
-A body is what the libraries call a model: a RobertaModel of transformers for series (or one of its
-twins, CamemBERT and XLM-RoBERTa), a SwinTransformer or VisionTransformer of timm for images, of any
-width and depth. The methods take their embedders and g out of it.
+A body is what the libraries call a model: a RobertaModel or BertModel of transformers for series, a
+SwinTransformer or VisionTransformer of timm for images, of any width and depth. The methods take
+their embedders out of it, and adapt() makes the body g of slide 7 of its layers (layers.py).
+bodies/README.md says which bodies are taken and how they are named.
 """
 
 import contextlib
+import json
 import math
-from collections.abc import Callable, Iterator
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
+from bodies.layers import (
+    ImageBody,
+    PlainBody,
+    SeriesBody,
+    adapt,
+    first_position,
+    freeze_queries_and_keys,
+    image_size,
+)
 from tasks import download
+
+__all__ = ["ImageBody", "PlainBody", "SeriesBody", "adapt", "describe", "first_position"]
+__all__ += ["freeze_queries_and_keys", "image_size", "load_body", "rebuild", "spread"]
 
 FOLDER = Path(__file__).resolve().parent
 TINY = {2: "tiny_roberta", 3: "tiny_swin"}  # len(x_shape): the body that comes with the project
 PATCHES = {2: 32, 3: 256}  # and how many patches suit it
 ROBERTA_BASE = "FacebookAI/roberta-base@e2da8e2f811d1448a5b465c236feacd80ffbac7b"
 SWIN_BASE = "swin_base_patch4_window7_224.ms_in22k"  # its bare name would be another checkpoint
-SIZES = {"FacebookAI/roberta-base": 0.50e9, f"timm/{SWIN_BASE}": 0.44e9}  # bytes to download
-ROBERTAS = ("roberta", "xlm-roberta", "camembert")  # of one and the same form
+SIZES = {"FacebookAI/roberta-base": 0.50e9, "google-bert/bert-base-uncased": 0.44e9}
+SIZES |= {f"timm/{SWIN_BASE}": 0.44e9}  # bytes to download
+
+SERIES = ("bert", "roberta", "xlm-roberta", "camembert")  # model types of one and the same form
+TAKEN = {2: "series take a RoBERTa or a BERT", 3: "images take a Swin transformer or a ViT"}
+TAKEN[2] += f" of transformers (model_type {', '.join(SERIES[:-1])} or {SERIES[-1]})"
+TAKEN[3] += f" of timm, such as {SWIN_BASE}"
+WINDOW = 64  # tokens of a source's text, which a body must have positions for
+OWNERS = {"bert": "google-bert", "distilbert": "distilbert", "roberta": "FacebookAI"}
+OWNERS |= {"xlm": "FacebookAI", "camembert": "almanach"}  # by the first word of a hub's name
 
 
 def load_body(
-    name: str, x_shape: tuple[int, ...], patches: int
+    name: str, x_shape: tuple[int, ...], patches: int, drop_path: float = 0.0, dropout: float = 0.0
 ) -> tuple[nn.Module, Callable | None]:
     """The pretrained model around g, and its tokenizer, from a folder or from a hub.
 
     Args:
-        name: a folder, in bodies/ or anywhere, or a hub's name: of transformers for series (with
-            a "/" in it; NAME@REVISION pins a commit), of timm for images; random:NAME takes only
+        name: a folder, in bodies/ or anywhere, or a hub's name: of transformers for series
+            (OWNER/NAME; NAME@REVISION pins a commit), of timm for images; random:NAME takes only
             the architecture of NAME.
         x_shape: (C, L) of series or (C, H, W) of images; decides which kind of body it must be.
-        patches: that images are cut into, by the body's own patch size (Swin 4 x 4 pixels, ViT
-            often 16 x 16): sets the size they are brought to.
-    Returns: the model, without dropout; for series a function from texts to lists of token ids,
-        for images None.
-    Raises: ValueError if there is no such body, it cannot be had, or it is of another kind.
+        patches: number of patches that images are cut into, by the body's own patch size (Swin
+            4 x 4 pixels, ViT often 16 x 16): sets the size they are resized to.
+        drop_path: rate of stochastic depth at the last block of an image body, in [0, 1).
+        dropout: rate of hidden and attention dropout in the layers of a series body, in [0, 1).
+    Returns: the model, in float32; for series a function from texts to lists of token ids, for
+        images None.
+    Raises: ValueError of one line if there is no such body, if it is not available, of another
+        kind, or if its weights or its tokenizer do not fit it.
     """
     wanted = name.removeprefix("random:")
-    untrained = wanted != name
+    untrained, axes = wanted != name, len(x_shape)
     folders = [path for path in (FOLDER / wanted, Path(wanted)) if wanted and path.is_dir()]
-    place = str(folders[0]) if folders else wanted
-    series = len(x_shape) == 2
-    if not folders and not (wanted.count("/") == 1 or (not series and _timm_knows(wanted))):
+    place = str(folders[0]) if folders else _full_name(wanted)
+    if not folders and place.count("/") != 1 and not _timm_knows(place):
         raise ValueError(
-            f"--body {name}: no folder bodies/{wanted} or {wanted}; give {TINY[len(x_shape)]}, a "
-            f"folder, or a hub name such as "
-            f"{'FacebookAI/roberta-base' if series else 'swin_base_patch4_window7_224.ms_in22k'}"
+            f"--body {name}: no folder bodies/{wanted} or {wanted}; give {TINY[axes]}, a folder, "
+            f"or a hub name such as {'FacebookAI/roberta-base' if axes == 2 else SWIN_BASE}"
         )
     problem = ""
     try:
         with contextlib.ExitStack() as stack:
-            if not folders and (series or not untrained or "/" in wanted):
+            if not folders and ("/" in place or (axes == 3 and not untrained)):
                 problem = stack.enter_context(_hub())
-            if series:
-                return _roberta(place, untrained)
-            return _vision(place, untrained, patches), None
-    except (OSError, ValueError, RuntimeError, AssertionError, TypeError, KeyError) as error:
+            _check_kind(place, axes)
+            if axes == 2:
+                return _series(place, untrained, dropout)
+            return _image(place, untrained, patches, drop_path), None
+    except Exception as error:  # the libraries raise all kinds of them
         if problem and isinstance(error, OSError):
-            repository, _ = _address(wanted)
+            repository, _ = _address(place)
             size = download.bytes_of(None if untrained else SIZES.get(repository))
             raise ValueError(
                 f"--body {name} is not on this machine ({size}, https://huggingface.co/"
                 f"{repository}), and cannot be had: {problem}; go online once, or run with "
-                f"--body {TINY[len(x_shape)]}, which needs no download"
+                f"--body {TINY[axes]}, which needs no download"
             ) from None
-        reason = str(error).split("\n")[0]
-        holds = "config.json, model.safetensors" + (" and a tokenizer" if series else "")
-        raise ValueError(
-            f"--body {name} cannot be loaded ({reason}); give a folder that holds {holds}, or go "
-            "online for a hub name"
-        ) from error
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ValueError(f"--body {name} cannot be loaded ({reason})") from error
 
 
 @contextlib.contextmanager
 def _hub() -> Iterator[str]:
-    """Inside, the libraries ask the hub if it can be reached, else take what they have of earlier.
+    """Let the libraries ask the hub if it can be reached, and else use only their caches.
 
-    Left alone, they would try again for up to a minute. Gives the reason; "" if it can be reached.
+    Left alone, they would try again for up to a minute. Yields why it cannot be reached, or "".
     """
     from huggingface_hub import constants
 
@@ -101,14 +121,20 @@ def _hub() -> Iterator[str]:
         constants.HF_HUB_OFFLINE = before
 
 
+def _full_name(name: str) -> str:
+    """OWNER/NAME of a body on the hub; the names of some well-known ones once had no owner."""
+    owner = OWNERS.get(name.split("-")[0])
+    return f"{owner}/{name}" if owner and "-" in name and "/" not in name else name
+
+
 def _address(name: str) -> tuple[str, str | None]:
-    """Where a hub has the body: the repository; the revision asked for, if any."""
+    """The repository on the hub that holds a body, and the revision asked for, if any."""
     repository, _, revision = name.partition("@")
     return repository if "/" in repository else f"timm/{repository}", revision or None
 
 
 def _commit(repository: str, revision: str | None = None) -> str | None:
-    """The commit of a hub's files that were loaded: their folder in the cache is named by it."""
+    """The commit of a hub's files that were loaded: their folder in the cache is named after it."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
@@ -124,8 +150,44 @@ def _timm_knows(name: str) -> bool:
     return timm.is_model(name.split(".")[0])
 
 
-def _roberta(place: str, untrained: bool) -> tuple[nn.Module, Callable]:
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
+def _check_kind(place: str, axes: int) -> None:
+    """Raise ValueError if the config.json of a body says that it is none for data of these axes."""
+    if Path(place).is_dir():
+        path = Path(place, "config.json")
+        if not path.is_file():
+            raise ValueError(f"it holds no config.json; {TAKEN[axes]}")
+    elif "/" in place:
+        from huggingface_hub import hf_hub_download
+
+        repository, revision = _address(place)
+        path = Path(hf_hub_download(repository, "config.json", revision=revision))
+    elif axes == 2:
+        raise ValueError(f"it is a {place} of timm, for images; {TAKEN[2]}")
+    else:
+        return  # a name that timm knows
+    config = json.loads(path.read_text(encoding="utf-8"))
+    of_timm, kind = "architecture" in config, config.get("model_type", "model of no model_type")
+    if axes == 2 and of_timm:
+        raise ValueError(f"it is a {config['architecture']} of timm, for images; {TAKEN[2]}")
+    if axes == 2 and kind not in SERIES:
+        raise ValueError(f"it is a {kind}; {TAKEN[2]}")
+    if axes == 3 and not of_timm:
+        raise ValueError(f"it is a {kind} of transformers; {TAKEN[3]}")
+
+
+def _check_weights(wrong: Iterable[str]) -> None:
+    """Raise ValueError if there are names of weights that the file of a body did not fill."""
+    names = sorted(wrong)
+    if names:
+        raise ValueError(
+            f"{len(names)} of its weights are not in its file, or have another shape there: "
+            f"{', '.join(names[:3])}{', ...' * (len(names) > 3)}; the file must fit config.json"
+        )
+
+
+def _series(place: str, untrained: bool, dropout: float) -> tuple[nn.Module, Callable]:
+    """A model of transformers without its pooler, and its tokenizer."""
+    from transformers import AutoConfig, AutoModel, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -133,25 +195,51 @@ def _roberta(place: str, untrained: bool) -> tuple[nn.Module, Callable]:
     name, revision = (place, None) if local else _address(place)
     which = {"revision": revision} if revision else {}
     config = AutoConfig.from_pretrained(name, **which)
-    if config.model_type not in ROBERTAS:
-        raise ValueError(f"it is a {config.model_type}; series take a RoBERTa")
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    tokenizer = AutoTokenizer.from_pretrained(name, **which)
-    kind = {"config": config, "add_pooling_layer": False}
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    tokenize = _tokenizer(name, config.vocab_size, **which)
+    kind = {"config": config, "add_pooling_layer": False, "dtype": torch.float32}
     if untrained:
         model = AutoModel.from_config(**kind)
     else:
-        model = AutoModel.from_pretrained(name, **kind, **which)
+        options = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # told, not hidden
+        model, found = AutoModel.from_pretrained(name, **kind, **which, **options)
+        _check_weights({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    model.embeddings.dropout.p = 0.0  # f^s stays the same from call to call
+    room = config.max_position_embeddings - first_position(model)
+    if room < WINDOW:
+        raise ValueError(
+            f"it has {room} positions, but a window of a source's text has {WINDOW} tokens"
+        )
     model.commit = None if local else _commit(name, revision)
+    return model, tokenize
+
+
+def _tokenizer(name: str, vocabulary: int, **which: str) -> Callable:
+    """A function from texts to lists of token ids, each below the size of the vocabulary."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, **which)
 
     def tokenize(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    return model, tokenize
+    special = set(tokenizer.all_special_ids)
+    # careful: where there are no files, transformers makes a tokenizer that knows no word
+    if not set(tokenize(["the quick brown fox, 0 1 2"])[0]) - special:
+        raise FileNotFoundError("it has no tokenizer; put its tokenizer.json beside config.json")
+    last = max(set(tokenizer.get_vocab().values()) - special)
+    if last >= vocabulary:
+        raise ValueError(
+            f"its tokenizer is larger than its vocabulary: ids up to {last}, but vocab_size is "
+            f"{vocabulary}; it is the tokenizer of another model"
+        )
+    return tokenize
 
 
-def _vision(place: str, untrained: bool, patches: int) -> nn.Module:
+def _image(place: str, untrained: bool, patches: int, drop_path: float) -> nn.Module:
+    """A model of timm without its classifier."""
     import timm
+    from timm.layers import PatchEmbed
     from timm.models.swin_transformer import SwinTransformer
     from timm.models.vision_transformer import VisionTransformer
 
@@ -162,27 +250,54 @@ def _vision(place: str, untrained: bool, patches: int) -> nn.Module:
         place = f"hf-hub:{place}"
     with torch.device("meta"):  # a look at it, without weights
         kind = timm.create_model(place, pretrained=False, num_classes=0)
-    if not isinstance(kind, SwinTransformer | VisionTransformer) or (
-        isinstance(kind, VisionTransformer) and kind.pos_embed is None
-    ):
-        raise ValueError(f"it is a {type(kind).__name__}; images take a Swin transformer or a ViT")
-    model = timm.create_model(
-        place,
-        pretrained=not untrained,
-        num_classes=0,
-        drop_path_rate=0.0,
-        img_size=kind.patch_embed.patch_size[0] * math.isqrt(patches),
-    )
-    if not local and not untrained:  # a name without a tag is completed by timm
+    plain = isinstance(kind, VisionTransformer) and kind.pos_embed is not None
+    if not plain and not isinstance(kind, SwinTransformer):
+        raise ValueError(f"it is a {type(kind).__name__}; {TAKEN[3]}")
+    if not isinstance(kind.patch_embed, PatchEmbed):
+        raise ValueError(f"it is a ViT on the features of a convolutional network; {TAKEN[3]}")
+    side = kind.patch_embed.patch_size[0] * math.isqrt(patches)
+    sizes = {"num_classes": 0, "drop_path_rate": drop_path, "img_size": side}
+    model = timm.create_model(place, pretrained=False, **sizes)
+    if untrained:
+        return spread(model)
+    _load_timm(model)
+    if not local:  # a name without a tag is completed by timm
         where = _address(name if "/" in name else model.pretrained_cfg.get("hf_hub_id") or name)
         model.commit = _commit(*where)
-    return spread(model) if untrained else model
+    return model
+
+
+def _load_timm(model: nn.Module) -> None:
+    """Load the pretrained weights of a model of timm. Raises: ValueError if they do not fit it.
+
+    careful: into a model without classifier, timm loads what it finds, and keeps silent about the
+    rest, which stays at random.
+    """
+    import timm
+
+    def convert(weights: dict, model: nn.Module) -> dict:
+        try:
+            return sys.modules[type(model).__module__].checkpoint_filter_fn(weights, model)
+        except AttributeError:  # a name that the model does not have
+            return weights
+
+    wrong: list[str] = []
+    hook = model.register_load_state_dict_post_hook(lambda _, keys: wrong.extend(keys.missing_keys))
+    try:
+        timm.models.load_pretrained(model, num_classes=0, filter_fn=convert, strict=False)
+    except RuntimeError as error:
+        shapes = re.findall(r"size mismatch for ([\w.]+):", str(error))
+        if not shapes:
+            raise
+        wrong += shapes
+    hook.remove()
+    _check_weights(wrong)
 
 
 def spread(model: nn.Module) -> nn.Module:
-    """Untrained linear layers drawn anew, as wide as keeps the variance of what passes (Xavier).
+    """Draw untrained linear layers anew, so wide that the variance of features is kept (Xavier).
 
-    careful: timm draws them with a deviation of 0.02, from which narrow bodies do not get going.
+    careful: timm draws them with a deviation of 0.02, with which narrow bodies fail to train.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -194,104 +309,22 @@ def describe(model: nn.Module) -> dict:
     """What rebuild() needs to know, as plain data; and the commit of a body from a hub."""
     commit = {"commit": getattr(model, "commit", None)}
     if hasattr(model, "encoder"):
-        return {"library": "transformers", "config": model.config.to_dict(), **commit}
-    sizes = {key: value for key, value in model._model_args.items() if key != "num_classes"}
+        rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return {"library": "transformers", "config": model.config.to_dict() | rates, **commit}
+    left_out = ("num_classes", "drop_path_rate")
+    sizes = {key: value for key, value in model._model_args.items() if key not in left_out}
     name = model.pretrained_cfg["architecture"]
     return {"library": "timm", "name": name, "sizes": sizes, **commit}
 
 
 def rebuild(saved: dict) -> nn.Module:
-    """The architecture that describe() told of, untrained."""
+    """The architecture that describe() told of: untrained, without dropout or stochastic depth."""
     if saved["library"] == "transformers":
         from transformers import AutoConfig, AutoModel
 
         config = AutoConfig.for_model(**saved["config"])
-        return AutoModel.from_config(config, add_pooling_layer=False)
+        return AutoModel.from_config(config, add_pooling_layer=False, dtype=torch.float32)
     import timm
 
-    return timm.create_model(saved["name"], pretrained=False, num_classes=0, **saved["sizes"])
-
-
-# ---- g: the layers of a pretrained model, as the methods call them ----
-
-
-def adapt(model: nn.Module, grid: tuple) -> nn.Module:
-    """g: a list of what each layer makes of tokens (B, N, D), of `grid` patches along each axis.
-
-    Its attribute maps says of each layer: the patches along each axis, and their width. With
-    recompute = True, layers are computed again in the backward pass, which saves memory.
-    """
-    if hasattr(model, "encoder"):
-        return SeriesBody(model, grid)
-    return (ImageBody if hasattr(model, "layers") else PlainBody)(model, grid)
-
-
-def _through(layer: nn.Module, z: Tensor, recompute: bool) -> Tensor:
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(layer, z, use_reentrant=False)
-    return layer(z)
-
-
-class SeriesBody(nn.Module):
-    """g: the layers of a RoBERTa, (B, N, D) -> [(B, N, D), ...], what each returns (slide 7)."""
-
-    recompute = False
-
-    def __init__(self, roberta: nn.Module, grid: tuple):
-        super().__init__()
-        self.encoder = roberta.encoder
-        # of what it returns: patches, width
-        self.maps = [(grid, roberta.config.hidden_size)] * len(self.encoder.layer)
-
-    def forward(self, z: Tensor) -> list[Tensor]:
-        features = []
-        for layer in self.encoder.layer:
-            z = _through(layer, z, self.recompute)
-            features.append(z)
-        return features
-
-
-class ImageBody(nn.Module):
-    """g: the stages of a Swin transformer, (B, N, D) -> [(B, h, w, D), (B, h/2, w/2, 2D), ...]."""
-
-    recompute = False
-
-    def __init__(self, swin: nn.Module, grid: tuple):
-        super().__init__()
-        self.layers, self.norm, self.grid = swin.layers, swin.norm, grid
-        scales = [(i["num_chs"], i["reduction"]) for i in swin.feature_info]
-        size = swin.patch_embed.img_size
-        self.maps = [((size[0] // r, size[1] // r), D) for D, r in scales]
-
-    def forward(self, z: Tensor) -> list[Tensor]:
-        z, features = z.unflatten(1, self.grid), []  # (B, N, D) -> (B, h, w, D)
-        for layer in self.layers:
-            z = _through(layer, z, self.recompute)
-            features.append(z)
-        return [*features[:-1], self.norm(z)]
-
-
-class PlainBody(nn.Module):
-    """g: the blocks of a ViT, (B, N, D) -> [(B, h, w, D), ...], what each returns."""
-
-    recompute = False
-
-    def __init__(self, vit: nn.Module, grid: tuple):
-        super().__init__()
-        self.blocks, self.first, self.grid = vit.blocks, vit.norm_pre, grid
-        self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
-        names = ("cls_token", "dist_token", "reg_token")  # in timm's order
-        tokens = [t for t in (getattr(vit, name, None) for name in names) if t is not None]
-        prefix = torch.cat(tokens, dim=1).detach() if tokens else torch.zeros(1, 0, vit.embed_dim)
-        own = vit.pos_embed.detach()[:, : -math.prod(grid)]  # the positions of the prefix, or none
-        prefix[:, : own.shape[1]] += own
-        self.prefix = nn.Parameter(prefix)  # (1, P, D)
-        self.maps = [(grid, vit.embed_dim)] * len(self.blocks)
-
-    def forward(self, z: Tensor) -> list[Tensor]:
-        P, features = self.prefix.shape[1], []
-        z = self.first(torch.cat([self.prefix.expand(len(z), -1, -1), z], dim=1))
-        for block in self.blocks:
-            z = _through(block, z, self.recompute)
-            features.append(z[:, P:].unflatten(1, self.grid))  # (B, P + N, D) -> (B, h, w, D)
-        return [*features[:-1], self.norm(features[-1])]
+    sizes = saved["sizes"] | {"num_classes": 0, "drop_path_rate": 0.0}
+    return timm.create_model(saved["name"], pretrained=False, **sizes)

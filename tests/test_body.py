@@ -1,7 +1,10 @@
-"""bodies/tiny_roberta: loads as roberta-base does, is small, and knows what its card says."""
+"""Pretrained bodies: the tiny ones and their cards; which others are taken, and how; what g is."""
 
+import copy
 import importlib.util
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -218,3 +221,314 @@ def test_series_take_a_roberta_of_any_width_and_its_twins(tmp_path):
 def test_another_kind_of_vision_model_is_refused():
     with pytest.raises(ValueError, match="it is a ResNet; images take a Swin transformer or a ViT"):
         bodies.load_body("random:resnet18", (3, 32, 32), 64)
+
+
+# ---- Bodies of transformers ----------------------------------------------------------------------
+
+SMALL = {"vocab_size": 4096, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+SMALL |= {"intermediate_size": 96, "max_position_embeddings": 80}
+
+
+def series_body(place: Path, kind: str, tokenizer: bool = True, **sizes) -> torch.nn.Module:
+    """A folder with an untrained body; the model in it, in evaluation mode, without dropout."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(kind, **(SMALL | sizes))
+    model = AutoModel.from_config(config, add_pooling_layer=False)
+    for name, weight in model.named_parameters():  # biases and norms, too
+        torch.nn.init.normal_(weight, mean=float("LayerNorm.weight" in name), std=0.2)
+    model.save_pretrained(place)
+    if tokenizer:
+        for file in FOLDER.glob("tokenizer*.json"):
+            shutil.copy(file, place)
+    return model.eval()
+
+
+def rewrite(place: Path, change) -> None:
+    """Write the weights of a folder again, as a function of them."""
+    from safetensors.torch import load_file, save_file
+
+    file = place / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", bodies.SERIES)
+@torch.no_grad()
+def test_f_s_and_g_of_a_series_body_are_the_library_s_own_forward(kind, tmp_path):
+    """Words, token types, positions and layers, from token ids to the last one, to 1e-5."""
+    theirs = series_body(tmp_path, kind)
+    net, tokenize = bodies.load_body(str(tmp_path), (1, 46), 32)
+    first = bodies.first_position(net)
+    assert first == (0 if kind == "bert" else 2) and tokenize(["a word"])[0]
+    ids = torch.randint(5, 4096, (3, 80 - first))  # as many as there are positions
+    g = bodies.adapt(net, (80 - first,)).eval()
+    want = theirs(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(net.embeddings.eval()(ids), want[0], atol=1e-5, rtol=0)
+    for ours, layer in zip(g(net.embeddings(ids)), want[1:], strict=True):
+        torch.testing.assert_close(ours, layer, atol=1e-5, rtol=0)
+    table = net.embeddings  # the first positions are those that the library gives to embeddings
+    words = torch.zeros(1, 10, 48)
+    z = table.token_type_embeddings.weight[0] + table.position_embeddings.weight[first : first + 10]
+    torch.testing.assert_close(table(inputs_embeds=words)[0], table.LayerNorm(z))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_random_series_bodies_and_rebuild(kind, tmp_path):
+    """random:NAME has other weights; describe() is plain data and enough to build it anew."""
+    theirs = series_body(tmp_path, kind)
+    net, _ = bodies.load_body(f"random:{tmp_path}", (1, 46), 32, dropout=0.5)
+    shapes = {name: weight.shape for name, weight in theirs.named_parameters()}
+    assert {name: weight.shape for name, weight in net.named_parameters()} == shapes
+    own, other = (m.encoder.layer[0].intermediate.dense.weight for m in (net, theirs))
+    assert float((own - other).detach().abs().mean()) > 0.05
+    again = bodies.rebuild(json.loads(json.dumps(bodies.describe(net)))).train()
+    again.load_state_dict(net.state_dict())
+    ids = torch.randint(5, 4096, (2, 20))
+    with torch.no_grad():
+        want = net.eval()(ids).last_hidden_state
+        assert torch.equal(again(ids).last_hidden_state, want)  # no dropout, though training
+
+
+def test_dropout_is_in_the_layers_of_g_alone():
+    """At the rate asked for; none by default. f^s gives the same in every call."""
+    for rate in (0.0, 0.3):
+        net, _ = bodies.load_body("tiny_roberta", (1, 46), 32, dropout=rate)
+        ids, g = torch.arange(5, 45)[None], bodies.adapt(net, (40,))
+        net.train()
+        assert {m.p for m in g.modules() if isinstance(m, torch.nn.Dropout)} == {rate}
+        z = net.embeddings(ids)
+        assert torch.equal(z, net.embeddings(ids))
+        assert torch.equal(g(z)[-1], g(z)[-1]) == (rate == 0)
+
+
+def as_of_old(weights: dict) -> dict:
+    """The names of bert-base-uncased: a prefix, gamma and beta, a pooler, heads."""
+    old = {"bert.pooler.dense.bias": torch.ones(48), "cls.predictions.bias": torch.ones(9)}
+    for name, weight in weights.items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old["bert." + name.replace("LayerNorm.bias", "LayerNorm.beta")] = weight
+    return old
+
+
+def test_prefixes_heads_and_poolers_are_fine(tmp_path):
+    theirs = series_body(tmp_path, "bert").state_dict()
+    rewrite(tmp_path, as_of_old)
+    net, _ = bodies.load_body(str(tmp_path), (1, 46), 32)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in net.state_dict().items())
+
+
+WRONG = {
+    "another prefix": lambda w: {f"model.{name}": weight for name, weight in w.items()},
+    "a layer missing": lambda w: {name: w[name] for name in w if ".1." not in name},
+    "one missing": lambda w: {name: w[name] for name in list(w)[1:]},
+    "another shape": lambda w: w | {n: torch.zeros(7) for n in w if n.endswith("bias")},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_weights_that_do_not_fit_are_an_error_that_names_three(library, wrong, tmp_path):
+    if library == "timm":
+        shutil.copytree(SWIN, tmp_path / "body")
+    else:
+        series_body(tmp_path / "body", "roberta")
+    rewrite(tmp_path / "body", WRONG[wrong])
+    shape = (1, 46) if library == "transformers" else (3, 20, 20)
+    with pytest.raises(ValueError, match="of its weights are not in its file") as error:
+        bodies.load_body(str(tmp_path / "body"), shape, 64)
+    message = str(error.value)
+    named = message.split("shape there: ")[1].split("; the file")[0].split(", ")
+    if wrong == "one missing":
+        assert "(1 of its weights" in message and len(named) == 1
+    else:
+        assert len(named) == 4 and named[3] == "..."
+    names = dict(bodies.load_body("random:" + str(tmp_path / "body"), shape, 64)[0].state_dict())
+    assert set(named) - {"..."} <= set(names) and "\n" not in message
+
+
+def test_a_vit_with_other_names_is_an_error(tmp_path):
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    assert bodies.load_body(str(tmp_path), (3, 20, 20), 36)[0].patch_embed.img_size == (96, 96)
+    rewrite(tmp_path, lambda w: {name.replace("blocks.", "layers."): w[name] for name in w})
+    with pytest.raises(ValueError, match=r"144 of its weights .*: blocks.0.attn.proj.bias, "):
+        bodies.load_body(str(tmp_path), (3, 20, 20), 36)
+
+
+def test_a_head_in_the_file_of_an_image_body_is_fine(tmp_path):
+    shutil.copytree(SWIN, tmp_path / "body")
+    extra = {"head.fc.weight": torch.ones(10, 192), "head.fc.bias": torch.ones(10)}
+    rewrite(tmp_path / "body", lambda w: w | extra | {"decoder.bias": torch.ones(3)})
+    net, _ = bodies.load_body(str(tmp_path / "body"), (3, 20, 20), 256)
+    own = bodies.load_body("tiny_swin", (3, 20, 20), 256)[0].state_dict()
+    assert all(torch.equal(weight, own[name]) for name, weight in net.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_become_float32(dtype, tmp_path):
+    half = lambda w: {name: weight.to(dtype) for name, weight in w.items()}  # noqa: E731
+    theirs = series_body(tmp_path / "series", "bert").to(dtype)
+    theirs.save_pretrained(tmp_path / "series")
+    assert json.loads((tmp_path / "series/config.json").read_text())["dtype"] in str(dtype)
+    shutil.copytree(SWIN, tmp_path / "images")
+    rewrite(tmp_path / "images", half)
+    for name, shape in (("series", (1, 46)), ("images", (3, 20, 20))):
+        for prefix in ("", "random:"):
+            net, _ = bodies.load_body(f"{prefix}{tmp_path / name}", shape, 64)
+            assert {w.dtype for w in net.parameters()} == {torch.float32}
+            again = bodies.rebuild(bodies.describe(net))
+            assert {w.dtype for w in again.parameters()} == {torch.float32}
+    net = bodies.load_body(str(tmp_path / "series"), (1, 46), 32)[0]
+    ours, own = (model.encoder.layer[1].output.dense.weight for model in (net, theirs))
+    assert torch.equal(ours.to(dtype), own)
+
+
+def test_a_series_body_that_lacks_something_says_what(tmp_path):
+    def reason(name: str) -> str:
+        with pytest.raises(ValueError) as error:
+            bodies.load_body(str(tmp_path / name), (1, 46), 32)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    for kind in bodies.SERIES:
+        series_body(tmp_path / kind, kind, tokenizer=False)
+        assert "it has no tokenizer" in reason(kind), kind
+    series_body(tmp_path / "short", "roberta", max_position_embeddings=22)
+    assert "it has 20 positions, but a window of a source's text has 64 tokens" in reason("short")
+    series_body(tmp_path / "words", "bert", vocab_size=4000)
+    want = "its tokenizer is larger than its vocabulary: ids up to 4095, but vocab_size is 4000"
+    assert want in reason("words")
+    (tmp_path / "nothing").mkdir()
+    assert "it holds no config.json; series take a RoBERTa or a BERT" in reason("nothing")
+    series_body(tmp_path / "damaged", "bert")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"no weights")
+    assert "damaged cannot be loaded (" in reason("damaged")
+
+
+NOT_TAKEN = ["distilbert", "modernbert", "clip", "gpt2", "vit", "swin", "convnext", "electra"]
+
+
+@pytest.mark.parametrize("kind", NOT_TAKEN)
+def test_other_models_of_transformers_are_refused_by_their_name(kind, tmp_path):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"it is a {kind}; series take a RoBERTa or a BERT of tr"):
+        bodies.load_body(str(tmp_path), (1, 46), 32)
+    want = f"it is a {kind} of transformers; images take a Swin transformer or a ViT of timm"
+    with pytest.raises(ValueError, match=want):
+        bodies.load_body(str(tmp_path), (3, 20, 20), 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("tiny_swin", (1, 46), "it is a swin_tiny_patch4_window7_224 of timm, for images; series"),
+        ("resnet18", (1, 46), "it is a resnet18 of timm, for images; series take a RoBERTa"),
+        ("tiny_roberta", (3, 20, 20), "it is a roberta of transformers; images take a Swin"),
+        ("random:vit_tiny_r_s16_p8_224", (3, 20, 20), "a ViT on the features of a convolutional"),
+        ("random:vit_base_patch16_rope_reg1_gap_256", (3, 9, 9), "it is a Eva; images take a Sw"),
+    ],
+)
+def test_a_body_for_the_other_kind_of_data_is_refused_by_its_name(name, shape, reason):
+    with pytest.raises(ValueError, match=reason):
+        bodies.load_body(name, shape, 64)
+
+
+def test_names_of_the_hub_without_an_owner(tmp_path, monkeypatch):
+    """bert-base-uncased is where its owner has put it; distilbert is refused as what it is."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for name, kind in (
+        ("google-bert/bert-base-uncased", "bert"),
+        ("distilbert/distilbert-base", 0),
+    ):
+        folder = tmp_path / ("models--" + name.replace("/", "--"))
+        place = folder / "snapshots" / commit
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text(commit)
+        place.mkdir(parents=True)
+        if kind:
+            series_body(place, kind)
+        else:
+            (place / "config.json").write_text('{"model_type": "distilbert"}')
+    net, _ = bodies.load_body("bert-base-uncased", (1, 46), 32)
+    assert net.config.model_type == "bert" and bodies.describe(net)["commit"] == commit
+    with pytest.raises(ValueError, match="it is a distilbert; series take a RoBERTa or a BERT"):
+        bodies.load_body("distilbert-base", (1, 46), 32)
+    with pytest.raises(ValueError, match="no folder bodies/bert or bert; give tiny_roberta"):
+        bodies.load_body("bert", (1, 46), 32)
+
+
+# ---- Bodies of timm ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "patches", "pixels"),
+    [("tiny_swin", 256, 64), ("vit_tiny_patch16_224", 196, 224), ("vit_tiny_patch16_224", 36, 96)],
+)
+def test_the_size_of_images_is_the_body_s(name, patches, pixels):
+    net, _ = bodies.load_body(f"random:{name}", (3, 20, 20), patches)
+    assert bodies.image_size(net) == pixels
+    assert net.eval()(torch.zeros(1, 3, pixels, pixels)).shape == (1, 192)
+
+
+@pytest.mark.parametrize("name", ["tiny_swin", "random:vit_tiny_patch16_224"])
+def test_stochastic_depth_is_that_of_the_last_block_and_off_by_default(name):
+    for rate in (0.0, 0.1):
+        net, _ = bodies.load_body(name, (3, 20, 20), 64, drop_path=rate)
+        rates = [m.drop_prob for m in net.modules() if type(m).__name__ == "DropPath"]
+        assert rates[-1:] == ([pytest.approx(0.1)] if rate else []) and rates == sorted(rates)
+        described = bodies.describe(net)
+        assert "drop_path_rate" not in described["sizes"]
+        again = bodies.rebuild(described)
+        again.load_state_dict(net.state_dict())
+        assert not [m for m in again.modules() if type(m).__name__ == "DropPath"]
+
+
+# ---- Frozen queries and keys ---------------------------------------------------------------------
+
+
+def is_fixed(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Which entries of a weight of g belong to queries and keys."""
+    fixed = torch.zeros(weight.shape, dtype=torch.bool)
+    if ".qkv." in name:
+        fixed[: len(weight) // 3 * 2] = True
+    return fixed if not re.search(r"\.(query|key)\.", name) else ~fixed
+
+
+@pytest.mark.parametrize("name", ["tiny_swin", "random:vit_tiny_patch16_224", "tiny_roberta"])
+def test_frozen_queries_and_keys_stay_bit_equal_under_weight_decay(name):
+    """And values change; nothing else of g is different, in what it gives, saves and loads."""
+    shape, patches = ((1, 46), 32) if name == "tiny_roberta" else ((3, 20, 20), 64)
+    net, _ = bodies.load_body(name, shape, patches)
+    model = orca.Model(net, shape, (4,), patches)
+    plain = copy.deepcopy(model.g).train()
+    before, z = copy.deepcopy(model.g.state_dict()), model.f_t(torch.randn(2, *shape)).detach()
+    bodies.freeze_queries_and_keys(model.g)
+    g = copy.deepcopy(model.g).train()  # and copies work, too
+    assert torch.equal(g(z)[-1], plain(z)[-1])
+    assert all(torch.equal(w, before[name]) for name, w in g.state_dict().items())
+    assert set(before) == set(g.state_dict())
+    learn = [w for w in g.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(learn, lr=1e-2, weight_decay=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(part.square().mean() for part in g(z)).backward()
+        optimizer.step()
+    after, seen = g.state_dict(), 0
+    for key, weight in before.items():
+        fixed = is_fixed(key, weight)
+        assert torch.equal(after[key][fixed], weight[fixed]), key
+        seen += int(fixed.sum())
+        if weight.is_floating_point() and ("qkv" in key or ".value." in key):
+            assert not (after[key] == weight)[~fixed].any(), key
+    assert seen > 0
+    plain.load_state_dict(after)  # as load() does, which knows of nothing frozen
+    assert torch.equal(plain.eval()(z)[-1], g.eval()(z)[-1])
+    model.g.load_state_dict(after)
+    assert torch.equal(model.g.eval()(z)[-1], g(z)[-1])
