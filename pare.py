@@ -388,14 +388,15 @@ class Mixer(nn.Module):
             rows: the source samples, of draw(), as many as the batch has.
             k: patches to replace; with 0 the mixture is the target itself, and the loss is plain.
         """
-        z_t, w = model.f_t(x_t), cfg.mix_weight  # (B, N, D)
-        if k == 0:
-            return task.loss(model.h_t(model.g(z_t)), y_t), z_t.new_zeros(())
+        plain = cfg.plain_target_loss == "on"
+        w = cfg.mix_weight if plain else 1.0
+        z_t = model.f_t(x_t)  # (B, N, D)
+        if k == 0:  # the limit of what follows: both losses are of the same z_t
+            return (plain + w) * task.loss(model.h_t(model.g(z_t)), y_t), z_t.new_zeros(())
         x_s, y_s = self.source.x[rows].to(x_t.device), self.source.y[rows].to(x_t.device)
         z_s = self.f_s(x_s)  # (B, N_s, D)
         s_t, s_s = self.gate(z_t), self.gate(z_s, source=True)
         z_mix = replace_patches(z_t, z_s, s_t, s_s, k, cfg.select, cfg.replace == "lowest")
-        plain = cfg.plain_target_loss == "on"
         stages = model.g(torch.cat([z_t, z_mix]) if plain else z_mix)  # 2B samples, or B
         mixed = [z[-len(z_mix) :] for z in stages]
         lam = mixing_weight(cfg.lam, k, cfg.k0, z_t.shape[1])

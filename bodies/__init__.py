@@ -276,10 +276,15 @@ def _load_timm(model: nn.Module) -> None:
     import timm
 
     def convert(weights: dict, model: nn.Module) -> dict:
+        headless = {name: w for name, w in weights.items() if not name.startswith("head.")}
+        if "layers.0.downsample.reduction.weight" not in weights:
+            # careful: timm before 1.0.31 takes a file without classifier for one of another layout
+            weights = {**headless, "head.fc.weight": torch.empty(0)}
         try:
-            return sys.modules[type(model).__module__].checkpoint_filter_fn(weights, model)
+            weights = sys.modules[type(model).__module__].checkpoint_filter_fn(weights, model)
         except AttributeError:  # a name that the model does not have
-            return weights
+            return headless
+        return {name: w for name, w in weights.items() if not name.startswith("head.")}
 
     wrong: list[str] = []
     hook = model.register_load_state_dict_post_hook(lambda _, keys: wrong.extend(keys.missing_keys))

@@ -21,9 +21,19 @@ def first_position(net: nn.Module) -> int:
     return getattr(net.embeddings, "padding_idx", -1) + 1
 
 
+def patch_length(L: int, most: int) -> int:
+    """ORCA's rule: the smallest length that divides L and gives at most `most` patches.
+
+    Where that is more than twice the length needed (a prime L, say), the series is padded instead.
+    """
+    need = math.ceil(L / most)
+    exact = next(p for p in range(need, L + 1) if L % p == 0)
+    return exact if exact <= 2 * need else need
+
+
 def image_size(net: nn.Module) -> int:
-    """Pixels along each side of the images that an image body takes."""
-    return net.patch_embed.img_size[0]
+    """Pixels along each side of the images that an image body takes; 0 of a series body."""
+    return net.patch_embed.img_size[0] if hasattr(net, "patch_embed") else 0
 
 
 def adapt(net: nn.Module, grid: tuple) -> nn.Module:
