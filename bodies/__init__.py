@@ -11,12 +11,13 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from bodies import hub
 from bodies.layers import (
     ImageBody,
     PlainBody,
@@ -36,16 +37,13 @@ TINY = {2: "tiny_roberta", 3: "tiny_swin"}  # len(x_shape): the body that comes 
 PATCHES = {2: 32, 3: 256}  # and how many patches suit it
 ROBERTA_BASE = "FacebookAI/roberta-base@e2da8e2f811d1448a5b465c236feacd80ffbac7b"
 SWIN_BASE = "swin_base_patch4_window7_224.ms_in22k"  # its bare name would be another checkpoint
-SIZES = {"FacebookAI/roberta-base": 0.50e9, "google-bert/bert-base-uncased": 0.44e9}
-SIZES |= {f"timm/{SWIN_BASE}": 0.44e9}  # bytes to download
-
 SERIES = ("bert", "roberta", "xlm-roberta", "camembert")  # model types of one and the same form
-TAKEN = {2: "series take a RoBERTa or a BERT", 3: "images take a Swin transformer or a ViT"}
-TAKEN[2] += f" of transformers (model_type {', '.join(SERIES[:-1])} or {SERIES[-1]})"
-TAKEN[3] += f" of timm, such as {SWIN_BASE}"
-WINDOW = 64  # tokens of a source's text, which a body must have positions for
-OWNERS = {"bert": "google-bert", "distilbert": "distilbert", "roberta": "FacebookAI"}
-OWNERS |= {"xlm": "FacebookAI", "camembert": "almanach"}  # by the first word of a hub's name
+WINDOW = 64  # tokens in a window of a source's text, which a body must have positions for
+TAKEN = {
+    2: "series take a RoBERTa or a BERT of transformers (model_type bert, roberta, xlm-roberta or "
+    "camembert)",
+    3: f"images take a Swin transformer or a ViT of timm, such as {SWIN_BASE}",
+}
 
 
 def load_body(
@@ -70,7 +68,7 @@ def load_body(
     wanted = name.removeprefix("random:")
     untrained, axes = wanted != name, len(x_shape)
     folders = [path for path in (FOLDER / wanted, Path(wanted)) if wanted and path.is_dir()]
-    place = str(folders[0]) if folders else _full_name(wanted)
+    place = str(folders[0]) if folders else hub.full_name(wanted)
     if not folders and place.count("/") != 1 and not _timm_knows(place):
         raise ValueError(
             f"--body {name}: no folder bodies/{wanted} or {wanted}; give {TINY[axes]}, a folder, "
@@ -80,15 +78,15 @@ def load_body(
     try:
         with contextlib.ExitStack() as stack:
             if not folders and ("/" in place or (axes == 3 and not untrained)):
-                problem = stack.enter_context(_hub())
+                problem = stack.enter_context(hub.connection())
             _check_kind(place, axes)
             if axes == 2:
                 return _series(place, untrained, dropout)
             return _image(place, untrained, patches, drop_path), None
     except Exception as error:  # the libraries raise all kinds of them
         if problem and isinstance(error, OSError):
-            repository, _ = _address(place)
-            size = download.bytes_of(None if untrained else SIZES.get(repository))
+            repository, _ = hub.address(place)
+            size = download.bytes_of(None if untrained else hub.SIZES.get(repository))
             raise ValueError(
                 f"--body {name} is not on this machine ({size}, https://huggingface.co/"
                 f"{repository}), and cannot be had: {problem}; go online once, or run with "
@@ -96,52 +94,6 @@ def load_body(
             ) from None
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"--body {name} cannot be loaded ({reason})") from error
-
-
-@contextlib.contextmanager
-def _hub() -> Iterator[str]:
-    """Let the libraries ask the hub if it can be reached, and else use only their caches.
-
-    Left alone, they would try again for up to a minute. Yields why it cannot be reached, or "".
-    """
-    from huggingface_hub import constants
-
-    before, problem = constants.HF_HUB_OFFLINE, ""
-    if before:
-        problem = "HF_HUB_OFFLINE is set"
-    elif constants.ENDPOINT.startswith("https://"):  # else it is a mirror nearby
-        try:
-            download.reach(constants.ENDPOINT)
-        except download.Unavailable as error:
-            problem = str(error)
-    constants.HF_HUB_OFFLINE = before or bool(problem)
-    try:
-        yield problem
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _full_name(name: str) -> str:
-    """OWNER/NAME of a body on the hub; the names of some well-known ones once had no owner."""
-    owner = OWNERS.get(name.split("-")[0])
-    return f"{owner}/{name}" if owner and "-" in name and "/" not in name else name
-
-
-def _address(name: str) -> tuple[str, str | None]:
-    """The repository on the hub that holds a body, and the revision asked for, if any."""
-    repository, _, revision = name.partition("@")
-    return repository if "/" in repository else f"timm/{repository}", revision or None
-
-
-def _commit(repository: str, revision: str | None = None) -> str | None:
-    """The commit of a hub's files that were loaded: their folder in the cache is named after it."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
-        path = try_to_load_from_cache(repository, name, revision=revision)
-        if isinstance(path, str):
-            return Path(path).parent.name
-    return None
 
 
 def _timm_knows(name: str) -> bool:
@@ -159,7 +111,7 @@ def _check_kind(place: str, axes: int) -> None:
     elif "/" in place:
         from huggingface_hub import hf_hub_download
 
-        repository, revision = _address(place)
+        repository, revision = hub.address(place)
         path = Path(hf_hub_download(repository, "config.json", revision=revision))
     elif axes == 2:
         raise ValueError(f"it is a {place} of timm, for images; {TAKEN[2]}")
@@ -179,9 +131,10 @@ def _check_weights(wrong: Iterable[str]) -> None:
     """Raise ValueError if there are names of weights that the file of a body did not fill."""
     names = sorted(wrong)
     if names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ValueError(
             f"{len(names)} of its weights are not in its file, or have another shape there: "
-            f"{', '.join(names[:3])}{', ...' * (len(names) > 3)}; the file must fit config.json"
+            f"{shown}; the file must fit config.json"
         )
 
 
@@ -192,7 +145,7 @@ def _series(place: str, untrained: bool, dropout: float) -> tuple[nn.Module, Cal
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     local = Path(place).is_dir()
-    name, revision = (place, None) if local else _address(place)
+    name, revision = (place, None) if local else hub.address(place)
     which = {"revision": revision} if revision else {}
     config = AutoConfig.from_pretrained(name, **which)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
@@ -210,7 +163,7 @@ def _series(place: str, untrained: bool, dropout: float) -> tuple[nn.Module, Cal
         raise ValueError(
             f"it has {room} positions, but a window of a source's text has {WINDOW} tokens"
         )
-    model.commit = None if local else _commit(name, revision)
+    model.commit = None if local else hub.commit(name, revision)
     return model, tokenize
 
 
@@ -262,8 +215,8 @@ def _image(place: str, untrained: bool, patches: int, drop_path: float) -> nn.Mo
         return spread(model)
     _load_timm(model)
     if not local:  # a name without a tag is completed by timm
-        where = _address(name if "/" in name else model.pretrained_cfg.get("hf_hub_id") or name)
-        model.commit = _commit(*where)
+        of_timm = model.pretrained_cfg.get("hf_hub_id")
+        model.commit = hub.commit(*hub.address(name if "/" in name else of_timm or name))
     return model
 
 

@@ -8,7 +8,7 @@ very code path of "roberta-base"; its README.md is the model card that this scri
     python bodies/make_tiny_roberta.py              # about 25 minutes on two CPU cores
     python bodies/make_tiny_roberta.py --steps 300 --out bodies/tiny_roberta_10pct    # less of it
 
-The state is saved every --save-every steps beside the result; run again to go on from there.
+The state is saved beside the result every --save-every steps; run the script again to resume.
 """
 
 import argparse
@@ -270,8 +270,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=ROOT / "bodies" / "tiny_roberta")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=96, help="windows a step")
-    parser.add_argument("--length", type=int, default=64, help="tokens a window")
+    parser.add_argument("--batch", type=int, default=96, help="windows per step")
+    parser.add_argument("--length", type=int, default=64, help="tokens per window")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -11,7 +11,7 @@ code path of a model on the hub; its README.md is the model card that this scrip
     python bodies/make_tiny_swin.py                 # about 30 minutes on one CPU core
     python bodies/make_tiny_swin.py --steps 20 --out somewhere     # a look at the machinery
 
-The state is saved every --save-every steps beside the result; run again to go on from there.
+The state is saved beside the result every --save-every steps; run the script again to resume.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def make_body() -> nn.Module:
 
 
 class Namer(nn.Module):
-    """The body with its three questions: outline (B, 120), texture (B, 10), mask (B, 1, S, S)."""
+    """The body with three heads: outline (B, 120), texture (B, 10) and mask (B, 1, S, S)."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ def loss_of(model: Namer, x: Tensor, mask: Tensor, outline: Tensor, texture: Ten
 
 @torch.no_grad()
 def accuracy(model: Namer, kinds: np.ndarray, n: int = 2000) -> tuple[float, float]:
-    """Of naming outline or fractal, and texture, in n new images of seen classes."""
+    """Accuracy in naming outline (or fractal) and texture, in n new images of seen classes."""
     model.eval()
     x, _, outline, texture = images_of(kinds, np.arange(n) % len(kinds), np.random.default_rng(1))
     answers = [model(part)[:2] for part in x.split(250)]
@@ -241,7 +241,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=ROOT / "bodies" / "tiny_swin")
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=64, help="images a step")
+    parser.add_argument("--batch", type=int, default=64, help="images per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
