@@ -77,7 +77,7 @@ class Config(Settings):
     align: str = opt("otdd", "distance D that stage 2 minimises", ALIGN)
     align_epochs: int = opt(20, "epochs of stage 2 (the paper: 60)", low=1)
     align_steps_per_epoch: int = opt(3, "steps in each of these epochs (the paper: 1)", low=1)
-    align_lr: float = opt(0.0, "learning rate of stage 2; 0: 1e-3, or 1e-4 for images", low=0)
+    align_lr: float = opt(1e-4, "learning rate of stage 2", low=0)
     align_drop: int = opt(0, "epochs after which that rate is divided by 5; 0: never", low=0)
     align_samples: int = opt(0, "target samples in a step of stage 2; 0: 384", low=0)
     # stage 3, fine-tuning (slides 6 and 17)
@@ -356,7 +356,8 @@ def align(
     count = labels.bincount()
     distance = distance_to(cfg.align, z_s, y_s, count / len(labels))
     groups = [{"params": list(model.f_t.parameters())}]
-    optimizer = run.optimizer_of(groups, cfg, cfg.align_lr, weight_decay=0.0)
+    decay = cfg.weight_decay if cfg.paper else 0.0
+    optimizer = run.optimizer_of(groups, cfg, cfg.align_lr, decay)
     drop = torch.optim.lr_scheduler.StepLR(optimizer, cfg.align_drop or cfg.align_epochs, gamma=0.2)
     changing = {"f_t": model.f_t, "optimizer": optimizer, "drop": drop, "rng": rng}
     if hasattr(distance, "state_dict"):  # the potentials from which OTDD starts
@@ -389,7 +390,7 @@ def finetune(model: Model, task: tasks.Task, cfg: Config, record: Record) -> flo
     device = next(model.parameters()).device
     freeze(model, cfg.freeze)
     new, body = [*model.f_t.parameters(), *model.h_t.parameters()], list(model.g.parameters())
-    groups = [{"params": new}, {"params": body, "lr": cfg.body_lr or cfg.lr}]
+    groups = [{"params": new}, {"params": body, "lr": cfg.body_lr}]
     optimizer = run.optimizer_of(groups, cfg, cfg.lr, cfg.weight_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
     loader = run.batches(task.train, cfg, cfg.seed)
@@ -480,9 +481,9 @@ def build(cfg: Config) -> tuple:
     task = run.load_task(cfg)
     axes = len(task.x_shape)
     cfg = run.resolve(cfg, task, bodies.TINY[axes], bodies.PATCHES[axes])
-    given = {"align_lr": {2: 1e-3, 3: 1e-4}[axes], "align_samples": 384} | task.settings
-    cfg = replace(cfg, **{name: getattr(cfg, name) or value for name, value in given.items()})
-    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
+    cfg = replace(cfg, align_samples=cfg.align_samples or 384)
+    drop_path = 0.1 if cfg.paper else 0.0  # of images, as published
+    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches, drop_path)
     shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
     model = Model(net, **shape, init=cfg.embedder_init)
     f_t, h_t = model.f_t, model.h_t

@@ -418,7 +418,7 @@ def finetune(model: Model, mixer: Mixer, task: tasks.Task, cfg: Config, record: 
     """
     device, N = next(model.parameters()).device, math.prod(model.f_t.grid)
     new = [*model.f_t.parameters(), *model.h_t.parameters(), *mixer.parameters()]
-    groups = [{"params": new}, {"params": list(model.g.parameters()), "lr": cfg.body_lr or cfg.lr}]
+    groups = [{"params": new}, {"params": list(model.g.parameters()), "lr": cfg.body_lr}]
     optimizer = run.optimizer_of(groups, cfg, cfg.lr, cfg.weight_decay)
     trained = [p for p in (*model.parameters(), *mixer.parameters()) if p.requires_grad]
     loader = run.batches(task.train, cfg, cfg.seed)
@@ -517,13 +517,16 @@ def build(cfg: Config) -> tuple:
     task = run.load_task(cfg)
     axes = len(task.x_shape)
     cfg = run.resolve(cfg, task, bodies.TINY[axes], bodies.PATCHES[axes])
-    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
+    drop_path = 0.1 if cfg.paper else 0.0  # of images, as published
+    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches, drop_path)
     shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
     model = Model(net, **shape, init=cfg.embedder_init)
     f_t, h_t = model.f_t, model.h_t
     f_t.mean, f_t.std, h_t.mean, h_t.std = tasks.statistics(task)
     if cfg.f_t:
         run.load_weights(f_t, Path(cfg.f_t) / "f_t.safetensors")
+    if cfg.paper and cfg.task == "darcy":  # as published
+        bodies.freeze_queries_and_keys(model.g)
     model.g.recompute = cfg.recompute
     if cfg.compile:
         model.g.compile()

@@ -538,7 +538,7 @@ def finetune(model: Model, task: tasks.Task, cfg: Config, record: Record) -> flo
     device = next(model.parameters()).device
     freeze(model, cfg.finetune)
     new, body = [*model.f_t.parameters(), *model.h_t.parameters()], list(model.g.parameters())
-    groups = [{"params": new}, {"params": body, "lr": cfg.body_lr or cfg.lr}]
+    groups = [{"params": new}, {"params": body, "lr": cfg.body_lr}]
     optimizer = run.optimizer_of(groups, cfg, cfg.lr, cfg.weight_decay)
     trained = [p for p in model.parameters() if p.requires_grad]
     loader = run.batches(task.train, cfg, cfg.seed)
@@ -651,7 +651,8 @@ def build(cfg: Config) -> tuple:
     cfg = run.resolve(cfg, task, bodies.TINY[axes], bodies.PATCHES[axes])
     preserve = "margin" if task.kind in ("classes", "labels") else "jacobian"
     cfg = replace(cfg, preserve=cfg.preserve or preserve)
-    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
+    drop_path = 0.1 if cfg.paper else 0.0  # of images, as published
+    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches, drop_path)
     shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
     shape |= {"kind": task.kind, "noise": (sigmas, cfg.noise_steps)}
     shape |= {"prediction": (cfg.prediction, cfg.draws)}

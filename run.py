@@ -47,6 +47,7 @@ from record import (  # noqa: F401 (the scripts take some of these from here)
 )
 from tasks import own
 
+FEWEST = 15  # epochs of large data sets, for which --steps are not enough
 MOST = 1e38  # the largest value of a float setting; whole numbers end at 2^31
 
 
@@ -78,12 +79,12 @@ class Settings:
     embedder_init: str = opt("body", "starting point of f^t", ("body", "random"))
     # training (slide 6)
     epochs: int = opt(-1, "epochs of fine-tuning; -1: as many as --steps needs", low=-1)
-    steps: int = opt(1500, "optimiser steps of fine-tuning, where --epochs is not given", low=1)
-    batch_size: int = opt(32, "global batch size, over all processes", low=1)
+    steps: int = opt(0, "optimiser steps, without --epochs; 0: 1500, or 3000 for fields", low=0)
+    batch_size: int = opt(0, "global batch size, over all processes; 0: 32, or 8 for fields", low=0)
     accumulate: int = opt(1, "gradient accumulation steps of a batch, which save memory", low=1)
     optimizer: str = opt("adamw", "optimiser of all stages", ("adamw", "adam", "sgd"))
     lr: float = opt(2e-3, "peak learning rate of the new parts, f^t and h^t", low=0)
-    body_lr: float = opt(0.0, "peak learning rate of g; 0: that of --lr", low=0)
+    body_lr: float = opt(0.0, "peak learning rate of g; 0: --lr / 10, or --lr if untrained", low=0)
     weight_decay: float = opt(0.01, "weight decay", low=0)
     momentum: float = opt(0.9, "momentum of SGD", low=0)
     beta2: float = opt(0.999, "second beta of AdamW and Adam", low=0, high=1)
@@ -245,12 +246,17 @@ def load_source(cfg, tokenize: Callable | None, length: int, size: int, masks=Fa
 
 
 def resolve(cfg, task: tasks.Task, body: str, patches: int):
-    """The settings without gaps: body, source and patches that suit the task, and epochs."""
-    given = {"body": body, "source": task.sources["embedded"]}
-    given["patches"] = task.settings.get("patches", patches)
+    """The settings without gaps: what suits the task, wherever nothing was asked for."""
+    field = len(task.out_shape) > 1
+    given = {"body": body, "source": task.sources["embedded"], "patches": patches}
+    given |= {"steps": 3000 if field else 1500, "batch_size": 8 if field else 32}
+    given |= {name: value for name, value in task.settings.items() if hasattr(cfg, name)}
     cfg = replace(cfg, **{name: getattr(cfg, name) or value for name, value in given.items()})
-    steps = math.ceil(len(task.train) / cfg.batch_size)  # of an epoch
-    return cfg if cfg.epochs >= 0 else replace(cfg, epochs=math.ceil(cfg.steps / steps))
+    cfg = replace(cfg, body_lr=cfg.body_lr or cfg.lr / (1 if "random:" in cfg.body else 10))
+    if cfg.epochs < 0:
+        epoch = math.ceil(len(task.train) / cfg.batch_size)  # steps
+        cfg = replace(cfg, epochs=max(FEWEST, math.ceil(cfg.steps / epoch)))
+    return cfg
 
 
 def autocast(device: torch.device, precision: str):

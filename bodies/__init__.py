@@ -26,11 +26,13 @@ from bodies.layers import (
     first_position,
     freeze_queries_and_keys,
     image_size,
+    patch_length,
 )
 from tasks import download
 
 __all__ = ["ImageBody", "PlainBody", "SeriesBody", "adapt", "describe", "first_position"]
-__all__ += ["freeze_queries_and_keys", "image_size", "load_body", "rebuild", "spread"]
+__all__ += ["freeze_queries_and_keys", "image_size", "load_body", "patch_length", "rebuild"]
+__all__ += ["spread"]
 
 FOLDER = Path(__file__).resolve().parent
 TINY = {2: "tiny_roberta", 3: "tiny_swin"}  # len(x_shape): the body that comes with the project

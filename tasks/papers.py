@@ -56,6 +56,7 @@ ORCA = {
     | KIND[task in SERIES]
     | {"published": task in PDES}
     | dict(zip(COLUMNS, row, strict=True))
+    | {"body_lr": row[1]}
     | OWN.get(task, {})
     for task, row in ROWS.items()
 }
@@ -84,3 +85,4 @@ CHANGES = {
     **dict.fromkeys(("darcy_2d", "shallow_water", "diffusion_reaction_2d"), FIELDS),
 }
 PARE = {task: row | {"lam": "k/N"} | CHANGES[task] for task, row in ORCA.items()}
+PARE = {task: row | {"body_lr": row["lr"]} for task, row in PARE.items()}
