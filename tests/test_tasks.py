@@ -1,7 +1,9 @@
 """The data: what is simulated, what is read, what is held out."""
 
 import dataclasses
+import importlib
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,3 +354,19 @@ def test_a_task_and_a_source_weigh_the_parts_of_a_batch_by_what_is_known():
     classes = tasks.Source("s", y, torch.arange(50) % 3, ["a", "b", "c"])
     masks = tasks.Source("s", y, torch.ones(50, 1, 4, 4), ["thing"])
     assert classes.weight(classes.y[:9]) == 9 and masks.weight(masks.y[:9]) == 9 * 16
+
+
+def test_the_page_of_the_tasks_says_what_their_records_say():
+    page = (Path(tasks.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert len(page.splitlines()) <= 250
+    for name in tasks.NAMES:
+        module = importlib.import_module(f"tasks.{name}")
+        task = module.TASK
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` | "))
+        sizes = " / ".join(str(task["sizes"][split]) for split in ("train", "val", "test"))
+        for cell in ("x".join(map(str, task["x_shape"])), sizes, task["metric_name"]):
+            assert cell in row, (name, cell)
+        for file in module.FILES:
+            assert file.split("/")[0] + "/" in page, file
+    for name in tasks.SOURCES:
+        assert f"| `{name}` | " in page, name
