@@ -172,6 +172,8 @@ def _layout(shape: tuple[int, ...]) -> list[str]:
 def _classes(path: Path, ys: dict[str, np.ndarray], notices: list[str]) -> tuple[dict, list]:
     """y in 0..K-1, and the names of the K classes; as scikit-learn's LabelEncoder does it."""
     names = np.unique(ys["train"])
+    if len(names) == 1:
+        raise ValueError(f"{path}: y_train holds a single class, {names[0]}; nothing to learn")
     for split, y in ys.items():
         strange = np.setdiff1d(y, names)
         if len(strange):

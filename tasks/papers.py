@@ -32,6 +32,7 @@ ROWS = {
 }
 # Theirs are 128 samples (64) of each class, one class after the other; 1280 (640) are 10 classes'.
 OWN = {"psicov": {"align_samples": 64}, "ninapro": {"align_epochs": 100}}  # 64: of 57 channels
+OWN |= {"cifar100": {"augment": True}}
 OWN |= {"ecg": {"momentum": 0.99, "patches": 64}, "deepsea": {"align_samples": 640}}
 OWN |= {"diffusion_reaction_1d": {"momentum": 0.99, "patches": 256}}
 OWN |= {"diffusion_sorption": {"patches": 32}, "navier_stokes_1d": {"patches": 128}}

@@ -1,13 +1,17 @@
 """The data: what is simulated, what is read, what is held out."""
 
 import dataclasses
+import importlib
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import bodies
 import tasks
-from tasks import metrics, satellite
+from tasks import metrics, papers, satellite
 from tasks.sources import words
 
 CALENDAR = {name: row for row, name in enumerate(satellite.COVER)}
@@ -97,6 +101,128 @@ def test_hold_out_takes_a_tenth_of_each_class():
     pairs = np.arange(24) // 2  # two of each class: each keeps one
     kept, held = tasks.hold_out(pairs, seed=0)
     assert set(pairs[kept]) == set(range(12)) and len(held) > 0
+
+
+def test_hold_out_finds_a_sample_that_is_not_the_only_one_of_its_class():
+    y = np.array([*range(23), *[23] * 5])  # every tenth sample is the only one of its class
+    kept, held = tasks.hold_out(y, seed=0)
+    assert y[held].tolist() == [23, 23] and set(y[kept]) == set(range(24))
+    with pytest.raises(ValueError, match="24 training samples of 24 classes are too few .* class"):
+        tasks.hold_out(np.arange(24), seed=0)
+    with pytest.raises(ValueError, match="9 training samples are too few .* at least 10 samples"):
+        tasks.hold_out(np.zeros(9), seed=0)
+
+
+def test_part_of_a_training_set_has_every_class_if_it_is_large_enough(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(500, 7)), np.arange(500) % 24
+    y[y > 20] = 0  # classes 21 to 23 are rare
+    y[:6] = [21, 22, 23, 21, 22, 23]
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y, x_val=x, y_val=y)
+    labels = lambda size: [  # noqa: E731
+        int(y) for _, y in tasks.load_task(str(tmp_path / "a.npz"), train_size=size).train
+    ]
+    for size in (24, 30, 60):
+        assert len(labels(size)) == size and set(labels(size)) == set(range(24))
+    assert len(labels(10)) == len(set(labels(10))) == 10  # not enough for all of them
+    order = np.random.default_rng(0).permutation(500)[:480].tolist()
+    assert set(range(24)) == set(y[order]) and labels(480) == y[order].tolist()  # as it comes
+
+
+# ---- what is checked before training ----
+
+
+def own_file(path, kind, **change):
+    """A file with 20 training, 5 validation and 5 test samples, in which some arrays differ."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 20), ("val", 5), ("test", 5)):
+        arrays[f"x_{split}"] = rng.normal(size=(n, 2, 8, 8))
+        bits = rng.integers(0, 2, (n, 1, 8, 8))
+        arrays[f"y_{split}"] = {
+            "classes": np.arange(n) % 3,
+            "labels": bits[:, 0, 0],
+            "mask": bits,
+            "numbers": rng.normal(size=(n, 2)),
+            "field": rng.normal(size=(n, 1, 8, 8)),
+        }[kind]
+    for name, of in change.items():
+        arrays[name] = of(arrays[name])
+    arrays["x_val"], arrays["x_test"] = (
+        arrays[f"x_{s}"][: len(arrays[f"y_{s}"])] for s in ("val", "test")
+    )
+    np.savez(path, **arrays)
+    return str(path)
+
+
+NOTHING = {  # kind of y, how an array is changed, the array, what is said
+    "one class": ("classes", np.zeros_like, "train", "holds a single class"),
+    "constant numbers": ("numbers", lambda y: 0 * y + 0.1, "train", "is constant"),
+    "constant field": ("field", lambda y: 0 * y + y[:1], "train", "is constant"),
+    "no label": ("labels", np.zeros_like, "train", "is constant"),
+    "empty masks": ("mask", np.zeros_like, "train", "is constant"),
+    "no label in val": ("labels", np.zeros_like, "val", "no 1 - mAP: no label has a positive"),
+    "empty masks in val": ("mask", np.zeros_like, "val", "no 1 - AUROC: no label has a positive"),
+    "full masks in test": ("mask", np.ones_like, "test", "no 1 - AUROC: no label has a positive"),
+    "one sample in val": ("numbers", lambda y: y[:1], "val", "1 samples. has no RMSE"),
+    "one sample in test": ("field", lambda y: y[:1], "test", "1 samples. has no RMSE"),
+    "constant val": ("numbers", lambda y: 0 * y + 0.1, "val", "no RMSE .*: the targets do not"),
+}
+
+
+@pytest.mark.parametrize("case", list(NOTHING))
+def test_what_would_end_a_run_late_is_known_at_the_start(case, tmp_path):
+    kind, change, split, message = NOTHING[case]
+    path = own_file(tmp_path / "my.npz", kind, **{f"y_{split}": change})
+    if split == "test":  # no reason not to train
+        task = tasks.load_task(path)
+        assert len(task.notices) == 1 and re.search(f"y_test .*{message}", task.notices[0])
+        return
+    with pytest.raises(ValueError, match=f"my.npz: y_{split} .*{message}") as caught:
+        tasks.load_task(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "mask", "numbers", "field"])
+def test_sound_data_have_nothing_to_notice(kind, tmp_path):
+    assert tasks.load_task(own_file(tmp_path / "my.npz", kind)).notices == ()
+    classes = own_file(tmp_path / "one.npz", "classes", y_val=lambda y: y[:1])
+    assert tasks.load_task(classes).notices == ()  # a single sample has a 0-1 error
+
+
+def test_a_validation_part_without_an_error_is_said_to_be_held_out(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(20, 9)), np.zeros((20, 2), int)
+    kept, _ = tasks.hold_out(np.zeros(20), seed=0)
+    y[kept[:3]] = 1  # the part that is held out has no positive
+    np.savez(tmp_path / "my.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(ValueError, match="the part of y_train that validates .2 samples. has no"):
+        tasks.load_task(str(tmp_path / "my.npz"))
+
+
+def test_a_field_whose_relative_error_is_not_defined_is_refused():
+    task, _, y = counted(50)
+    y = torch.where(torch.arange(50)[:, None, None] == 7, 0.0, y.nan_to_num(1.0))
+    data = torch.utils.data.TensorDataset(torch.zeros(50, 3, 5, 4), y)
+    task = dataclasses.replace(
+        task, name="t", train=data, loss=metrics.relative_l2_loss, notices=()
+    )
+    with pytest.raises(ValueError, match="t: y_train holds samples whose error is not defined"):
+        tasks.check(task)
+
+
+def test_settings_of_a_task_are_fields_of_every_script():
+    assert tasks.settings("cosmic") == {"patches": 1024} and tasks.settings("satellite") == {}
+    assert tasks.settings("mine.npz") == {}
+    given = {key for name in tasks.NAMES for key in tasks.settings(name)}
+    assert given == {"patches", "align_samples"}
+    assert tasks.load_task("deepsea", train_size=20).settings == tasks.settings("deepsea")
+
+
+def test_the_papers_rows_are_whole():
+    assert set(papers.ORCA) == set(papers.PARE) == set(tasks.NAMES)
+    for name, row in papers.PARE.items():
+        assert set(row) == set(papers.ORCA[name]) | {"k0", "k_end", "mix_weight", "lam"}
+        assert row["lam"] == "k/N" and row["k_end"] < row["k0"] <= row["patches"]
+        assert row["body"] == (bodies.ROBERTA_BASE if name in papers.SERIES else bodies.SWIN_BASE)
 
 
 def test_own_data_with_and_without_a_validation_set(tmp_path):
@@ -228,3 +354,19 @@ def test_a_task_and_a_source_weigh_the_parts_of_a_batch_by_what_is_known():
     classes = tasks.Source("s", y, torch.arange(50) % 3, ["a", "b", "c"])
     masks = tasks.Source("s", y, torch.ones(50, 1, 4, 4), ["thing"])
     assert classes.weight(classes.y[:9]) == 9 and masks.weight(masks.y[:9]) == 9 * 16
+
+
+def test_the_page_of_the_tasks_says_what_their_records_say():
+    page = (Path(tasks.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert len(page.splitlines()) <= 250
+    for name in tasks.NAMES:
+        module = importlib.import_module(f"tasks.{name}")
+        task = module.TASK
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` | "))
+        sizes = " / ".join(str(task["sizes"][split]) for split in ("train", "val", "test"))
+        for cell in ("x".join(map(str, task["x_shape"])), sizes, task["metric_name"]):
+            assert cell in row, (name, cell)
+        for file in module.FILES:
+            assert file.split("/")[0] + "/" in page, file
+    for name in tasks.SOURCES:
+        assert f"| `{name}` | " in page, name
