@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+BLOCK = 512  # rows and columns of a block of the kernel matrix, so that it stays in the cache
+
 
 def mmd2_naive(x: Tensor, y: Tensor, bandwidths: list[float], unbiased: bool = True) -> Tensor:
     """(M1) to (M3) as they are defined, differentiable, with all pairs of samples in memory."""
@@ -27,9 +29,6 @@ def mmd2_naive(x: Tensor, y: Tensor, bandwidths: list[float], unbiased: bool = T
         return (k.sum() - k.trace()) / (n * (n - 1)) if among and unbiased else k.sum() / (n * m)
 
     return mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y)  # (M1), (M3)
-
-
-BLOCK = 512  # rows and columns of a block of the kernel matrix, so that it stays in the cache
 
 
 def _prepare(x, y, bandwidths, least=1):

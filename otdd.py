@@ -307,7 +307,7 @@ class _Entropic:
             return (b * x * y).sum(2, keepdim=True)
 
         marginal = torch.ones_like(v)
-        for sweep in range(sweeps):
+        for _ in range(sweeps):
             v = (v / marginal).clamp_(1e-9, 1e9)
             marginal = v * through(v, normalise)  # the target's, over b; the source's are right
         self.f, self.g = self.f + self.eps * u.log(), self.g + self.eps * v.log()
