@@ -19,6 +19,18 @@ from torch import Tensor
 BLOCK = 512  # rows and columns of a block of the kernel matrix, so that it stays in the cache
 
 
+def mmd2_naive(x: Tensor, y: Tensor, bandwidths: list[float], unbiased: bool = True) -> Tensor:
+    """(M1) to (M3) as they are defined, differentiable, with all pairs of samples in memory."""
+
+    def mean_kernel(a, b, among=False):
+        d2 = (a[:, None] - b).square().sum(2)
+        k = sum(torch.exp(-d2 / width) for width in bandwidths)  # (M2)
+        n, m = k.shape
+        return (k.sum() - k.trace()) / (n * (n - 1)) if among and unbiased else k.sum() / (n * m)
+
+    return mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y)  # (M1), (M3)
+
+
 def _prepare(x, y, bandwidths, least=1):
     """Check; return both samples as z (n + m, D), centred, and the bandwidths, largest first."""
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
@@ -49,7 +61,9 @@ def mmd2(x: Tensor, y: Tensor, *, bandwidths=None, unbiased: bool = True) -> Ten
     Args:
         x, y: (n, D) and (m, D), one floating dtype (half precision: float32 inside) and device.
         bandwidths: list of b > 0, squared distances, or None (M2); constants of the gradient.
-        unbiased: U; False is V, which keeps i = j, divides by n^2 and is never negative.
+        unbiased: U; False is V, which keeps i = j, divides by n^2 and is never negative. ORCA's
+            release minimises V, of every target class by itself with all of the source:
+            sum over c of share_c * mmd2(x_s, x_t[y_t == c], unbiased=False).
     Returns: Tensor, (). O((n + m)^2 D) time, memory of a few blocks.
     Raises: ValueError on any other input, on NaN or inf, or n, m < 2 (V: 1).
     Source: Gretton et al., A kernel two-sample test, 2012, lemma 6. Differs: a sum of kernels."""

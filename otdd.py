@@ -1,40 +1,65 @@
 r"""Optimal transport dataset distance (OTDD) of two labelled data sets, differentiable in both.
 
 A label stands for the distribution alpha_y of its samples, so that labels of different data sets
-can be compared. n source and m target samples, all of equal weight (slides 10 and 41):
+can be compared. There are n source and m target samples, all of equal weight (slides 10 and 41):
 
     d_Z^p((x, y), (x', y')) = |x - x'|^p + W_p^p(alpha_y, alpha_y')                      (D1)
-    OTDD = min_pi <pi, d_Z^p>,     pi >= 0,  pi 1 = 1/n,  pi^T 1 = 1/m                   (D2)
-    W_p^p(alpha, beta) = min_pi <pi, |x - x'|^p>               label_distance="exact"    (D3)
-    W_2^2 = |m - m'|^2 + tr S + tr S' - 2 |L L'^T|_*,  S = L^T L          "gaussian"     (D4)
-    OT_eps = min_pi <pi, c> + eps KL(pi | 1/n x 1/m)           "sinkhorn", or eps > 0    (D5)
-    S_eps = OT_eps(s, t) - OT_eps(s, s)/2 - OT_eps(t, t)/2     debias=True               (D6)
-    d OTDD = <pi, d c>: solve without a graph, differentiate <pi, c> with pi constant    (D7)
-    pi is optimal if c - f - g >= 0 everywhere and = 0 where pi > 0: few edges matter    (D8)
+    OTDD = min over pi of <pi, d_Z^p>,   pi >= 0,  pi 1 = 1/n,  pi^T 1 = 1/m             (D2)
+    W_p^p(alpha, beta) = min over pi of <pi, |x - x'|^p>         label_distance="exact"  (D3)
+    W_2^2 = |m - m'|^2 + tr S + tr S' - 2 |L L'^T|_*,  S = L^T L              "gaussian" (D4)
+    OT_eps = min over pi of <pi, c> + eps KL(pi | 1/n x 1/m)     "sinkhorn", or eps > 0  (D5)
+    S_eps = OT_eps(s, t) - OT_eps(s, s)/2 - OT_eps(t, t)/2                  debias=True  (D6)
+    d OT_eps = <pi, d c> + KL(pi | 1/n x 1/m) d eps              the envelope theorem    (D7)
+    pi is optimal if c - f - g >= 0 everywhere and = 0 where pi > 0                      (D8)
 
-`otdd` compares two data sets once, `OTDD` many to one source. Needs torch, and POT (pip install
-pot) for exact programmes. Source: Alvarez-Melis and Fusi, Geometric dataset distances via optimal
-transport, 2020. Differs: no hidden 1/2, as in their package; labels act on the gradient."""
+`otdd_naive` is the definition, `otdd` its fast form, and `OTDD` that of many targets to one source.
+Needs torch; exact plans also need POT (pip install pot). Source: Alvarez-Melis and Fusi, Geometric
+dataset distances via optimal transport, 2020. Differs: no factor 1/2; labels act on the gradient.
+"""
 
 import copy
+import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
 
-# n, m samples; D features; C_s, C_t classes. Each pair of classes is a block of the (n, m) costs;
-# all blocks are solved at once, with potentials f (n, C_t), g (C_s, m). (D2) is a single block.
+# n, m samples; D features; C_s, C_t classes. Rows of cost matrices and plans: source samples.
+DENSE = 2**26  # entropic plans of more entries are never stored: their rows are streamed ...
+BLOCK = 2**22  # ... in blocks of so many entries, computed anew whenever they are needed
 
 
-class _Side:
-    """A checked data set sorted by class: x (n, D) centred, y (n,), count (C,), E one-hot (n, C)"""
+def otdd_naive(x_s: Tensor, y_s: Tensor, x_t: Tensor, y_t: Tensor, p: float = 2) -> Tensor:
+    """OTDD as it is defined, differentiable, slow."""
+    import ot
 
-    def __init__(self, x, y, name, source=None):
+    def optimal_plan(cost):  # a constant of the gradient (D7)
+        return torch.from_numpy(ot.emd([], [], cost.detach().double().numpy())).to(cost)
+
+    cost = torch.cdist(x_s, x_t, compute_mode="donot_use_mm_for_euclid_dist") ** p
+    d_Z = cost.clone()
+    for a in y_s.unique():
+        for b in y_t.unique():
+            pair = (y_s == a).nonzero(), (y_t == b).nonzero().T
+            W = (optimal_plan(cost[pair]) * cost[pair]).sum()  # (D3)
+            d_Z[pair] = cost[pair] + W  # (D1)
+    return (optimal_plan(d_Z) * d_Z).sum()  # (D2)
+
+
+# ---- Data sets and costs -------------------------------------------------------------------------
+
+
+class _Set:
+    """A data set sorted by class: x (n, D); y (n,) in 0..C-1; sizes of the C classes; their labels;
+    order (n,), where the samples came from."""
+
+    def __init__(self, x, y, name, like=None):
         x, y = torch.as_tensor(x), torch.as_tensor(y)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        like = source.x if source else x
+        like = x if like is None else like.x
         same = x.dtype == like.dtype and x.device == y.device == like.device
         for right, expected in (
             (x.ndim == 2 and x.numel(), "x (n, D), n >= 1, D >= 1: reshape it or add samples"),
@@ -48,250 +73,376 @@ class _Side:
             if not right:
                 got = " and ".join(f"{tuple(v.shape)} {v.dtype} {v.device}" for v in (x, y))
                 raise ValueError(f"got x_{name}, y_{name} {got}; expected {expected}")
-        labels, y, self.count = torch.unique(y, return_inverse=True, return_counts=True)
-        self.labels, self.order, self.gauss = labels.tolist(), y.argsort(stable=True), None
-        self.centre = source.centre if source else x.detach().mean(0)
-        self.x, self.y = x[self.order] - self.centre, y[self.order]
-        self.E = torch.nn.functional.one_hot(self.y).to(x.dtype)
+        self.labels, y, sizes = torch.unique(y, return_inverse=True, return_counts=True)
+        self.order, self.sizes = y.argsort(stable=True), sizes.tolist()
+        self.x, self.y = x[self.order], y[self.order]
 
-    def merged(self):  # into one class: f[:, y] and g[y] are then f and g, which broadcast
-        one = copy.copy(self)
-        one.y, one.E = slice(None), torch.ones_like(self.E[:, :1])
-        one.count = self.count.sum()[None]
-        return one
+
+def _rescaled(s, t):
+    """Both sets about the source's mean and of about size 1, so that no unit matters; the size."""
+    centre, s, t = s.x.detach().mean(0), copy.copy(s), copy.copy(t)
+    largest = max(float((v.x.detach() - centre).abs().max()) for v in (s, t))
+    size = 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
+    s.x, t.x = (s.x - centre) / size, (t.x - centre) / size
+    return s, t, size
 
 
 @torch.no_grad()
-def _feature_costs(x, z, p):
-    """|x_i - z_j|^p, (n, m), from one matrix product."""
+def _costs(x, z, p):
+    """|x_i - z_j|^p, (n, m), from one matrix product; z may be a batch of sets."""
     for u, v in ((x.to(dtype), z.to(dtype)) for dtype in (x.dtype, torch.float64)):
-        cost = torch.addmm((v * v).sum(1).expand(len(u), -1), u, v.T, alpha=-2)
-        cost = cost.add_((u * u).sum(1, keepdim=True)).clamp_(min=0)
+        cost = (u @ v.mT).mul_(-2).add_(v.square().sum(-1)[..., None, :])
+        cost = cost.add_(u.square().sum(-1)[:, None]).clamp_(min=0)
         if u.dtype == torch.float64 or cost.min() > 1e-3 * cost.mean():
             break  # careful: near points lose their digits; once more in float64
-    cost = cost.pow_(p / 2).to(x.dtype)
-    if not (8 * cost.sum()).isfinite():  # room for (D1) and (D4)
-        raise ValueError(f"got |x - x'|^{p} beyond {x.dtype}; scale the features down")
-    return cost
+    return (cost if p == 2 else cost.pow_(p / 2)).to(x.dtype)
 
 
-def _envelope(value, x, z, cost, pi, p):
-    """value, with the gradient of <pi, |x - z|^p> for constant pi (D7)."""
-    w = p * pi if p == 2 else p * pi * torch.where(cost > 0, cost ** (1 - 2 / p), 0)
-    w = w if w.count_nonzero() > 0.1 * w.numel() else w.to_sparse()
-    for v, other, w_v in ((x, z, w), (z, x, w.T)):
-        if v.requires_grad:
-            wz = w_v @ torch.cat([other, torch.ones_like(other[:, :1])], 1).detach()
-            slope = wz[:, -1:] * v.detach() - wz[:, :-1]  # diag(w 1) x - w z
-            value = value + ((v - v.detach()) * slope).sum()  # (D7)
+def _steepness(d2, p):
+    return 2.0 if p == 2 else p * torch.where(d2 > 0, d2 ** (p / 2 - 1), 0)
+
+
+def _in_units(value, unit, p):
+    value = value * torch.as_tensor(unit, dtype=value.dtype) ** p
+    if not value.isfinite().all():
+        raise ValueError(f"got |x - x'|^{p} beyond {value.dtype}; scale the features down")
     return value
 
 
-def _plans(cost, s, t, eps, f=None):
-    """Plans of all blocks, f, and if eps > 0 OT_eps; from potentials f near the optimum, if any."""
-    if eps:
-        return _sinkhorn(cost, s, t, eps, f)
-    n_s, n_t = s.count.tolist(), t.count.tolist()
-    if f is None and len(n_s + n_t) == 2 and cost.numel() > 1e5 and cost.std() > 1e-5 * cost.max():
-        f = _sinkhorn(cost, s, t, 0.1 * float(cost.std()), None, 20, torch.inf)[1]  # needs eps > 0
-    f = cost.new_zeros(len(cost), len(n_t)) if f is None else f.clone()
-    pi, f, views = torch.zeros_like(cost, device="cpu"), f.cpu(), []
-    for v, widths in ((cost.cpu(), n_t), (pi, n_t), (f, 1)):
-        views.append([b.numpy() for rows in v.split(n_s) for b in rows.split(widths, 1)])
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # POT releases the interpreter lock
-        list(pool.map(_solve, *views))
-    return pi.to(cost), f.to(cost), None
+class _Envelope(torch.autograd.Function):
+    """The values of transport plans, (C,), with the gradient for constant plans (D7)."""
+
+    @staticmethod
+    def forward(ctx, x, z, pi):
+        ctx.save_for_backward(x, z)
+        ctx.pi = pi
+        return pi.values.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        x, z = (torch.cat([v, torch.ones_like(v[:, :1])], 1) for v in ctx.saved_tensors)
+        wz, wx, slope = torch.zeros_like(x), torch.zeros_like(z), slope[ctx.pi.y, None]
+        for rows, w in ctx.pi.blocks(steep=True):  # w = pi * p |x - z|^(p - 2)
+            wz[rows] += w @ (slope * z)
+            wx += slope * (w.T @ x[rows])
+        return *(w[:, -1:] * v[:, :-1] - w[:, :-1] for v, w in ((x, wz), (z, wx))), None
 
 
-def _solve(c, pi, f):
-    """(D3) One exact programme in numpy, (n, m): writes its plan to pi and potentials to f. From an
-    f near the optimum, edges of small slack (D8) and the north-west corner plan (there must be a
-    solution) make a sparse programme; then all slacks are checked, and edges that fail join."""
+# ---- Transport -----------------------------------------------------------------------------------
+
+
+def _transport(x, z, sizes, p, eps=None, tol=None, spread=None, labels=None):
+    """Transport from x (n, D) to each set of the given sizes in z (m, D): values (C,), and plans.
+
+    eps: None is exact (D3), else a tensor (D5), infinity for the product of the marginals; spread:
+    the size of the costs. labels: (W (n, k), y (m,)), where the costs have W[:, y] on top.
+    """
+    x0, z0 = x.detach(), z.detach()
+    y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(z.device)
+    if eps is None:
+        plans = _Exact(x0, z0, y, sizes, p, labels)
+    else:
+        plans = _Entropic(x0, z0, y, sizes, p, labels, float(eps)).solve(tol, spread)
+    values = _Envelope.apply(x, z, plans)
+    if eps is not None and eps < math.inf:
+        KL = (plans.values - plans.linear()) / eps.detach()
+        values = values + KL * (eps - eps.detach())  # (D7)
+    return values, plans
+
+
+class _Exact:
+    """Exact plans (D3): mass[k] goes from i[k] to j[k]."""
+
+    def __init__(self, x, z, y, sizes, p, labels):
+        self.x, self.z, self.y, self.p = x, z, y, p
+        whole = _costs(x, z, p).cpu() if labels or len(x) * len(z) <= DENSE else None
+        if labels:
+            whole += labels[0][:, labels[1]].cpu()
+
+        def solve(end, size):
+            own = slice(end - size, end)
+            cost = _costs(x, z[own], p).cpu() if whole is None else whole[:, own]
+            i, j, mass = _solve(cost)
+            return i, j + own.start, mass, cost[i, j]
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # POT releases Python's lock
+            edges = list(pool.map(solve, torch.tensor(sizes).cumsum(0).tolist(), sizes))
+        self.i, self.j, mass, cost = (torch.cat(v).to(x.device) for v in zip(*edges, strict=True))
+        self.mass = mass.to(x)
+        self.values = x.new_zeros(len(sizes)).index_add_(0, y[self.j], self.mass * cost)
+
+    def blocks(self, steep=False):
+        """All rows, and their plan (n, m), times p |x - z|^(p - 2) if it is to be steep."""
+        w = self.mass
+        if steep:
+            d2 = None if self.p == 2 else (self.x[self.i] - self.z[self.j]).square().sum(1)
+            w = w * _steepness(d2, self.p)
+        edges = torch.stack([self.i, self.j])
+        shape = len(self.x), len(self.z)
+        yield slice(None), torch.sparse_coo_tensor(edges, w, shape, check_invariants=False)
+
+
+def _solve(cost):
+    """One exact programme: i, j and mass of the edges that its plan uses."""
+    n, m = cost.shape
+    if min(n, m) == 1:  # there is no choice
+        i, j = torch.cartesian_prod(torch.arange(n), torch.arange(m)).T
+        return i, j, torch.full((n * m,), 1 / (n * m), dtype=torch.double)
     import numpy as np
     import ot  # warns if it stops before the optimum
-    from scipy.sparse import coo_array
 
-    n, m = c.shape
-    a, b = np.full(n, float(m)), np.full(m, float(n))  # whole masses: no rounding in the flow
-    options = dict(numItermax=10**9, log=True, center_dual=False, check_marginals=False)
-    if not f.any() or n * m < 50 * (n + m):
-        f[:] = c.mean(1, keepdims=True)
-        c = (c - f).astype(float)
-        c -= c.mean(0)  # same plan, a quarter fewer pivots
-        plan, log = ot.emd(a, b, c, **options)
-        pi[:], f[:] = plan / (n * m), f + log["u"][:, None]
-        return
-    slack = c - f
-    slack -= slack.min(0)
-    keep = slack <= np.quantile(slack.ravel()[:: 1 + n * m // 20_000], 0.015)
-    i, j = np.arange(n), np.arange(m)
-    keep[i, i * m // n] = keep[j * n // m, j] = bad = True
-    while np.any(bad):  # (D8)
-        i, j = np.nonzero(keep)
-        edges = coo_array((slack[i, j].astype(float), (i, j)), c.shape)
-        plan, log = ot.emd(a, b, edges, **options)
-        u, v = log["u"][:, None].astype(c.dtype), log["v"].astype(c.dtype)
-        f += u
-        slack -= u
-        slack -= v
-        bad = (slack < -10 * np.finfo(c.dtype).eps * c.mean()) & ~keep
-        keep |= bad
-    pi[plan.row, plan.col] = plan.data / (n * m)
+    c = cost / cost.mean().clamp_min(torch.finfo(cost.dtype).tiny)  # POT's tolerances are absolute
+    f, u = c.amin(1, keepdim=True), torch.ones_like(c[:, :1])
+    if n * m > 1e5 and (eps := 0.1 * c.std()) > 1e-6:
+        K = (f - c).div_(eps).clamp_(min=-60).exp_()  # careful: denormals are very slow
+        for _ in range(20):  # steps of Sinkhorn
+            u = 1 / (K @ (1 / (K.T @ u)))
+        f = f + eps * u.log()
+    g = (c - f).amin(0)  # (D8): potentials near the optimum save much of the search
+    options = dict(numItermax=10**9, check_marginals=False)
+    options["potentials_init"] = f[:, 0].double().numpy(), g.double().numpy()
+    a, b = np.full(n, float(m)), np.full(m, float(n))  # whole numbers, which are not rounded
+    plan = torch.from_numpy(ot.emd(a, b, c.double().numpy(), **options))
+    i, j = plan.nonzero().T
+    return i, j, plan[i, j] / (n * m)
 
 
-@torch.no_grad()
-def _sinkhorn(cost, s, t, eps, f=None, sweeps=2000, tol=1e-3):
-    """(D5) Plans of all blocks, rounded to their marginals, f, OT_eps (C_s, C_t). Scales the kernel
-    K = exp((f + g - c)/eps) to the plan K u v, then absorbs u, v into f, g, while eps comes down
-    from the spread of the costs. Exponents end at -60: denormals are very slow."""
-    a, b = 1 / s.count[s.y, None].to(cost), 1 / t.count[t.y].to(cost)
+class _Entropic:
+    """Entropic plans (D5): pi = b exp((f + g - c) / eps) / n, with potentials f (C, n, 1) and
+    g (C, 1, m'). The C sets are padded to m' samples, of weights b (C, 1, m').
 
-    def sums(K, v, s=s, t=t):  # K v, block by block: (n, m), (C_s, m) -> (n, C_t)
-        return K @ (v.T * t.E) if len(v) == 1 else (K * v[s.y]) @ t.E
+    Sinkhorn's steps bring g near the optimum while eps comes down, and Newton's steps finish. The
+    costs only occur in K v and u K, K = exp((f + g - c) / eps), which are sums over blocks of rows.
+    """
 
-    levels, spread = [eps] * (sweeps // 20), float(cost.std(correction=0))
-    while f is None and levels[0] * 4 < spread:
-        levels.insert(0, levels[0] * 4)
-    f = cost.new_zeros(len(cost), len(t.count)) if f is None else f
-    g = torch.stack([c.amin(0) for c in (cost - f[:, t.y]).split(s.count.tolist())])
-    f = torch.stack([c.amin(1) for c in (cost - g[s.y]).split(t.count.tolist(), 1)], 1)
-    for level in levels:
-        K = (f[:, t.y] + g[s.y]).sub_(cost).div_(level).clamp_(-60, 60).exp_()
-        u, v = a.expand_as(f), b.expand_as(g)
-        for k in range(20 if level == eps else 10):
-            omega = 1.5 if k else 1.0  # over-relaxation: two to three times fewer sweeps
-            u = u ** (1 - omega) * (a / sums(K, v)) ** omega
-            v = v ** (1 - omega) * (b / sums(K.T, u.T, t, s).T) ** omega
-        v = b / sums(K.T, u.T, t, s).T
-        f, g = f + level * (u / a).log(), g + level * (v / b).log()
-        error = float((u / a * sums(K, v) - 1).abs().mean())
-        if level == eps and error < tol:
-            break
-    if error != error:
-        raise ValueError(f"got NaN in sinkhorn with an absolute eps of {eps:.1e}; raise eps")
-    if error > tol:
-        warnings.warn(f"sinkhorn is {error:.0e} off its marginals; raise eps", stacklevel=2)
-    value = s.E.T @ (a * f) + (b * g) @ t.E  # <f, 1/n> + <g, 1/m>
-    u = torch.minimum(u, a / sums(K, v))
-    short_s, short_t = a - u * sums(K, v), b - v * sums(K.T, u.T, t, s).T
-    pi = K.mul_(u[:, t.y]).mul_(v[s.y])
-    pi += short_s[:, t.y] * (short_t / (s.E.T @ short_s @ t.E.T).clamp_(1e-30))[s.y]
-    return pi, f, value
+    def __init__(self, x, z, y, sizes, p, labels, eps):
+        self.x, self.z, self.y, self.sizes, self.p, self.labels, self.eps = (
+            x,
+            z,
+            y,
+            sizes,
+            p,
+            labels,
+            eps,
+        )
+        self.sets = pad_sequence(z.split(sizes), batch_first=True)
+        self.b = pad_sequence([z.new_ones(k) / k for k in sizes], batch_first=True)[:, None]
+        self.f, self.g = x.new_zeros(len(sizes), len(x), 1), torch.zeros_like(self.b)
+        step = len(x) if len(x) * self.b.numel() <= DENSE else max(1, BLOCK // self.b.numel())
+        self.rows = [slice(i, min(i + step, len(x))) for i in range(0, len(x), step)]
+        self.whole = None
+        if len(self.rows) == 1:
+            self.whole = self.costs(self.rows[0])
+
+    def costs(self, rows):
+        if self.whole is not None:
+            return self.whole
+        c = _costs(self.x[rows], self.sets, self.p)
+        return c if self.labels is None else c + self.labels[0][rows][:, self.labels[1]]
+
+    def kernel(self, rows):
+        K = (self.f[:, rows] + self.g).sub_(self.costs(rows)).div_(self.eps)
+        return K.clamp_(-60, 30).exp_()  # careful: denormals are very slow
+
+    def plan(self, rows):
+        return self.kernel(rows).mul_(self.b / len(self.x))
+
+    def linear(self):  # <pi, c>, (C,)
+        return sum((self.plan(rows) * self.costs(rows)).sum((1, 2)) for rows in self.rows)
+
+    def blocks(self, steep=False):
+        """Rows and their plan (k, m), times p |x - z|^(p - 2) if it is to be steep."""
+        for rows in self.rows:
+            w = self.plan(rows)
+            if steep:
+                d2 = None if self.p == 2 else _costs(self.x[rows], self.sets, 2)
+                w = w * _steepness(d2, self.p)
+            yield rows, w.transpose(0, 1)[:, self.b[:, 0] > 0]
+
+    def solve(self, tol, spread):
+        """Find potentials, to within tol of the values; eps starts at spread."""
+        if self.eps == math.inf:
+            self.values = self.linear()
+            return self
+        eps, precision, sweeps = self.eps, torch.finfo(self.b.dtype).eps, 10
+        if eps < 8 * precision * spread:
+            raise ValueError(f"got eps={eps / spread:.0e} of the mean cost; raise eps")
+        levels = [eps * 4**k for k in range(20, 0, -1) if eps * 4**k < spread]
+        if len(self.rows) > 1 and len(self.x) >= 256:  # start from every fourth row
+            labels = self.labels and (self.labels[0][::4], self.labels[1])
+            thin = _Entropic(self.x[::4], self.z, self.y, self.sizes, self.p, labels, eps)
+            self.g, sweeps, levels = thin.solve(1e-3, spread).g, 2, []
+        padding = torch.where(self.b > 0, 0, math.inf)
+        least = [(self.costs(rows) - self.g + padding).amin(2, True) for rows in self.rows]
+        self.f, done = torch.cat(least, 1), False
+        for self.eps in [*levels, *[eps] * 50]:
+            gap = self.improve(sweeps, newton=not done)
+            if done:
+                return self
+            limit = max(tol, 8 * precision) * self.values + precision * eps
+            done = self.eps == eps and bool((gap <= limit).all())
+        off = float((gap / self.values).max())
+        warnings.warn(f"sinkhorn stopped {off:.0e} of the value short; raise eps", stacklevel=2)
+        return self
+
+    def improve(self, sweeps, newton):
+        """Sinkhorn's steps, then one of Newton's by conjugate gradients. Sets the values after the
+        former; returns how much the latter adds, to second order, (C,)."""
+        b, K = self.b, self.kernel(self.rows[0]) if len(self.rows) == 1 else None
+        u, v, tiny = torch.ones_like(self.f), torch.ones_like(b), torch.finfo(b.dtype).tiny
+
+        def through(v, function):
+            total = torch.zeros_like(v)
+            for rows in self.rows:
+                k = self.kernel(rows) if K is None else K
+                total += function(rows, k @ (b * v).mT).mT @ k / len(self.x)
+            return total
+
+        def normalise(rows, sums):
+            u[:, rows] = 1 / sums
+            return u[:, rows]
+
+        def dot(x, y):
+            return (b * x * y).sum(2, keepdim=True)
+
+        marginal = torch.ones_like(v)
+        for _ in range(sweeps):
+            v = (v / marginal).clamp_(1e-9, 1e9)
+            marginal = v * through(v, normalise)  # the target's, over b; the source's are right
+        self.f, self.g = self.f + self.eps * u.log(), self.g + self.eps * v.log()
+        self.values = self.f.mean((1, 2)) + (b * self.g).sum((1, 2))
+        step, slope = torch.zeros_like(v), 1 - marginal
+        rest = slope - dot(slope, torch.ones_like(v))  # careful: constants change nothing
+        direction = rest / marginal
+        first = size = dot(rest, direction)
+        for _ in range(50 if newton else 0):
+            curved = through(v * direction, lambda rows, sums: u[:, rows] * (u[:, rows] * sums))
+            curved = marginal * direction - v * curved
+            bend = dot(direction, curved)  # careful: rounding may leave none
+            length = torch.where(bend > torch.finfo(b.dtype).eps * size, size / bend, 0)
+            step, rest = step + length * direction, rest - length * curved
+            last, size = size, dot(rest, rest / marginal)
+            if bool((size <= 0.01 * first).all()):
+                break
+            direction = rest / marginal + size / last.clamp_min(tiny) * direction
+        reach = 2 * step.abs().amax(2, True) + tiny
+        self.g = self.g + self.eps * step * reach.log1p() / reach  # careful: shorter steps far away
+        return self.eps * dot(slope, step).flatten() / 2
 
 
-def _gaussians(side):
-    """Per class: mean, trace of the covariance S, and L with S = L^T L, padded with zero rows."""
-    if side.count.min() < 2:
-        label = side.labels[side.count.argmin()]
+# ---- The distance --------------------------------------------------------------------------------
+
+
+def _gaussians(s):
+    """Of every class: the mean, the trace of S, and L with S = L^T L, padded with zero rows."""
+    if min(s.sizes) < 2:
+        label = int(s.labels[s.sizes.index(1)])
         raise ValueError(f"got 1 sample of class {label}, 'gaussian' needs 2; choose 'exact'")
-    mean = side.E.T @ side.x / side.count[:, None]
-    L = (side.x - mean[side.y]) / (side.count - 1).to(mean).sqrt()[side.y, None]
-    roots = L.split(side.count.tolist())  # D rows do, S = (Q^T L)^T (Q^T L), if there are more:
-    roots = [torch.linalg.qr(v.detach()).Q.T @ v if len(v) > v.shape[1] else v for v in roots]
-    return mean, side.E.T @ L.square().sum(1), pad_sequence(roots, batch_first=True)
-
-
-def _cross_term(L_s, L_t):
-    """|L L'^T|_* = max <U, L L'^T> over |U| <= 1, with the best U a constant, as in (D7)."""
-    rows = []
-    for L in L_s:
-        M = L @ L_t.mT  # (C_t, r, r')
-        with torch.no_grad():
-            N = (M if M.shape[1] <= M.shape[2] else M.mT).double()  # careful: lam are squares
-            lam, Q = torch.linalg.eigh(N @ N.mT)
-            root = torch.where(lam > 1e-12 * lam[:, -1:], lam, torch.inf).rsqrt()
-            U = ((Q * root[:, None]) @ Q.mT @ N).to(M.dtype)
-        rows.append((M * (U if U.shape == M.shape else U.mT)).sum((1, 2)))
-    return torch.stack(rows)
+    means = [v.mean(0) for v in s.x.split(s.sizes)]
+    roots = [
+        (v - mean) / math.sqrt(len(v) - 1)
+        for v, mean in zip(s.x.split(s.sizes), means, strict=True)
+    ]
+    traces = [L.square().sum() for L in roots]
+    # S = (Q^T L)^T (Q^T L) for an orthonormal basis Q of the columns of L: D rows are enough.
+    roots = [torch.linalg.qr(L.detach()).Q.T @ L if len(L) > L.shape[1] else L for L in roots]
+    return torch.stack(means), torch.stack(traces), pad_sequence(roots, batch_first=True)
 
 
 class OTDD:
-    """The distance of data sets to one source, as needed at every alignment step. Arguments as in
-    `otdd`; x_s is held constant. Call it with any x_t, y_t: the potentials of one call start the
-    next, which changes the time, not the result."""
+    """The distance of data sets to one source, as every step of an alignment needs it. Arguments as
+    in `otdd`; x_s is held constant. Nothing is carried over from one call to the next."""
 
-    def __init__(self, x_s, y_s, *, p=2, label_distance="exact", eps=0.0, debias=False):
+    def __init__(self, x_s, y_s, *, p=2, label_distance="exact", eps=0.0, debias=False, tol=1e-7):
         kinds, power = ("exact", "gaussian", "sinkhorn"), p == 2 or label_distance != "gaussian"
         if not (label_distance in kinds and power and 1 <= p < torch.inf and 0 <= eps < torch.inf):
             want = f"one of {kinds}; p >= 1, 2 for 'gaussian'; eps >= 0, a share of the mean cost"
             raise ValueError(f"got {label_distance=}, {p=}, {eps=}; expected {want}")
-        self.p, self.label_distance, self.eps = p, label_distance, eps
+        self.p, self.label_distance, self.eps, self.tol = p, label_distance, eps, tol
         self.debias = debias and (eps > 0 or label_distance == "sinkhorn")  # exact: nothing to do
-        self.s, self.warm = _Side(torch.as_tensor(x_s).detach(), y_s, "s"), {}
+        self.s = _Set(torch.as_tensor(x_s).detach(), y_s, "s")
 
     def __call__(self, x_t, y_t, *, plan=False):
-        t = _Side(x_t, y_t, "t", self.s)
+        s, t, unit = _rescaled(self.s, _Set(x_t, y_t, "t", self.s))
+        strengths = {}  # absolute eps: the self terms have those of the cross term
         with torch.autocast(t.x.device.type, enabled=False):
-            value, pi, eps = self._between(self.s, t)
-            for v in (self.s, t) if self.debias else ():
-                value = value - self._between(v, v, eps)[0] / 2  # (D6)
-        return (value, pi[self.s.order.argsort()][:, t.order.argsort()]) if plan else value
+            value, plans = self._between(s, t, strengths)
+            for v in (s, t) if self.debias else ():
+                value = value - self._between(v, v, strengths)[0] / 2  # (D6)
+        value = _in_units(value, unit, self.p)
+        if not plan:
+            return value
+        pi = torch.cat([block.to_dense() for _, block in plans.blocks()])
+        return value, pi[s.order.argsort()][:, t.order.argsort()]
 
-    def _between(self, s, t, eps=None):
-        """One outer problem -> value, plan, the absolute eps."""
-        cost = _feature_costs(s.x, t.x, self.p)
-        W, inner = self._labels(s, t, cost)
-        total = cost + W.detach()[s.y][:, t.y]  # (D1)
-        eps, warm = eps or self.eps * float(total.mean()), self.warm if s is self.s else {}
-        pi, f, dual = _plans(total, s.merged(), t.merged(), eps, warm.get(t is s))  # (D2)
-        value = dual.sum() if eps and self.debias else (pi * total).sum()
-        mass, warm[t is s] = s.E.T @ pi @ t.E, f
-        flow = pi if inner is None else inner.mul_(mass[s.y][:, t.y]).add_(pi)
-        value = value + (mass * (W - W.detach())).sum()
-        return _envelope(value, s.x, t.x, cost, flow, self.p), pi, eps
+    def _between(self, s, t, strengths):
+        """The programme over all samples (D2): its value, and its plan."""
+        W, sizes, eps = self._labels(s, t, strengths), [len(t.y)], None
+        if self.eps:
+            mean = _transport(s.x, t.x, sizes, self.p, torch.tensor(math.inf))[0].sum()
+            mean = mean + W[s.y].mean(0)[t.y].mean()
+            eps = strengths.setdefault("samples", self.eps * mean + torch.finfo(W.dtype).tiny)
+        labels = W.detach()[s.y], t.y  # (D1)
+        value, plans = _transport(
+            s.x, t.x, sizes, self.p, eps, self.tol, eps and float(mean), labels
+        )
+        mass = torch.zeros_like(W)  # from class to class
+        for rows, pi in plans.blocks():
+            columns = pi @ one_hot(t.y).to(W)
+            mass.index_add_(0, s.y[rows], columns)
+        return value.sum() + (mass * (W - W.detach())).sum(), plans
 
-    def _labels(self, s, t, cost):
-        """Distances between the classes, (C_s, C_t), and the plans inside the blocks, (n, m)."""
-        if self.label_distance == "gaussian":  # (D4); differentiable, no plans
-            for v in (s, t):
-                v.gauss = v.gauss or _gaussians(v)
-            (m_s, tr_s, L_s), (m_t, tr_t, L_t) = s.gauss, t.gauss
-            means = (m_s[:, None] - m_t).square().sum(-1)
-            return means + tr_s[:, None] + tr_t - 2 * _cross_term(L_s, L_t), None
-        warm = self.warm.setdefault((t is s, "labels"), {}) if s is self.s else {}
-        f = torch.stack([warm[k] for k in t.labels], 1) if warm.keys() >= {*t.labels} else None
-        eps = (self.eps or 1e-2) * float(cost.mean()) if self.label_distance == "sinkhorn" else 0
-        pi, f, _ = _plans(cost, s, t, eps, f)
-        warm.update(zip(t.labels, f.T, strict=True))
-        return s.E.T @ (pi * cost) @ t.E, pi  # (D3), (D5): the costs of the plans, block by block
+    def _labels(self, s, t, strengths):
+        """W_p^p between the classes, (C_s, C_t)."""
+        if self.label_distance == "gaussian":
+            (m_s, tr_s, L_s), (m_t, tr_t, L_t) = _gaussians(s), _gaussians(t)
+            cross = torch.stack([torch.linalg.matrix_norm(L @ L_t.mT, "nuc") for L in L_s])
+            return (m_s[:, None] - m_t).square().sum(-1) + tr_s[:, None] + tr_t - 2 * cross  # (D4)
+        eps, mean = None, None
+        if self.label_distance == "sinkhorn":
+            mean = _transport(s.x, t.x, [len(t.y)], self.p, torch.tensor(math.inf))[0].sum()
+            eps = (self.eps or 1e-2) * mean + torch.finfo(mean.dtype).tiny
+            eps, mean = strengths.setdefault("labels", eps), float(mean)
+        rows = [
+            _transport(x, t.x, t.sizes, self.p, eps, self.tol, mean) for x in s.x.split(s.sizes)
+        ]
+        return torch.stack([values for values, _ in rows])  # (D3), (D5)
 
 
-def otdd(x_s, y_s, x_t, y_t, *, p=2, label_distance="exact", eps=0.0, debias=False, plan=False):
-    """Optimal transport dataset distance to the power p, min_pi <pi, d_Z^p> (D2), slide 10.
+def otdd(x_s, y_s, x_t, y_t, *, plan=False, **options):
+    """Optimal transport dataset distance to the power p, min over pi of <pi, d_Z^p>; slide 10.
 
     Args:
         x_s, x_t: features, (n, D) and (m, D); y_s, y_t: labels, (n,) and (m,), any integers.
-        label_distance: see (D3), (D4) (covariances over n_c - 1), (D5). plan: return pi, too.
-        eps: 0 is exact; else entropic, a share of the mean cost ("sinkhorn" labels: of the mean
-            feature cost, 1e-2 if eps is 0). debias: divergence (D6), 0 on itself.
-    Returns: Tensor, () [, (n, m)]; its p-th root is the metric. With eps and no debias the cost of
-        the entropic plan, rounded to its marginals. All gradients hold pi constant (D7).
+        p: the power, 2. label_distance: "exact" (D3), "gaussian" (D4; covariances over n_c - 1) or
+            "sinkhorn" (D5). plan: return pi, too.
+        eps: 0 is exact; else entropic (D5), a share of the mean cost ("sinkhorn" labels: of the
+            mean feature cost, 1e-2 if eps is 0), as whose part it is differentiated.
+        debias: the divergence (D6), 0 on itself, with the absolute eps of its first term in all.
+        tol: error of an entropic value, relative to it; float32 reaches 1e-6.
+    Returns: Tensor, () [, (n, m)]. Its p-th root is the metric.
     Raises: ValueError on NaN, empty or mismatched input, one-sample classes with "gaussian".
+    With eps, more than DENSE pairs of samples are streamed: slower, in memory O(n + m).
     """
-    distance = OTDD(x_s, y_s, p=p, label_distance=label_distance, eps=eps, debias=debias)
-    distance.s = _Side(x_s, y_s, "s")
+    distance = OTDD(x_s, y_s, **options)
+    distance.s = _Set(x_s, y_s, "s")
     return distance(x_t, y_t, plan=plan)
 
 
-def label_distances(x_s, y_s, x_t, y_t, *, p=2, label_distance="exact", eps=0.0):
+def label_distances(x_s, y_s, x_t, y_t, **options):
     """W_p^p between the classes, (C_s, C_t), rows and columns by ascending label; as in `otdd`."""
-    distance = OTDD(x_s, y_s, p=p, label_distance=label_distance, eps=eps)
-    s = _Side(x_s, y_s, "s")
-    t = _Side(x_t, y_t, "t", s)
-    W, inner = distance._labels(s, t, cost := _feature_costs(s.x, t.x, p))
-    if inner is None:
-        return W
-    blocks = [(s.y == a, t.y == b) for a in range(len(s.count)) for b in range(len(t.count))]
-    parts = [(s.x[i], t.x[j], cost[i][:, j], inner[i][:, j]) for i, j in blocks]
-    values = [_envelope(w, *part, p) for w, part in zip(W.flatten(), parts, strict=True)]
-    return torch.stack(values).view_as(W)
+    distance, s = OTDD(x_s, y_s, **options), _Set(x_s, y_s, "s")
+    s, t, unit = _rescaled(s, _Set(x_t, y_t, "t", s))
+    return _in_units(distance._labels(s, t, {}), unit, distance.p)
 
 
-def wasserstein(x_s: Tensor, x_t: Tensor, *, p: float = 2, eps: float = 0.0) -> Tensor:
-    """W_p = (min_pi <pi, |x - x'|^p>)^(1/p) of two point clouds (n, D), (m, D); slide 41."""
+def wasserstein(x_s: Tensor, x_t: Tensor, *, p=2, eps=0.0, tol=1e-7) -> Tensor:
+    """W_p = (min over pi of <pi, |x - x'|^p>)^(1/p) of point clouds (n, D), (m, D); slide 41. With
+    eps OT_eps^(1/p) (D5), KL term included, eps as a share of the mean cost."""
     y_s, y_t = (torch.zeros(v.shape[:1], dtype=torch.long, device=v.device) for v in (x_s, x_t))
-    by = "sinkhorn" if eps else "exact"
-    cost = label_distances(x_s, y_s, x_t, y_t, p=p, label_distance=by, eps=eps).sum()
+    kind = "sinkhorn" if eps else "exact"
+    cost = label_distances(x_s, y_s, x_t, y_t, p=p, label_distance=kind, eps=eps, tol=tol).sum()
     return cost ** (1 / p) if cost > 0 else cost * 0  # the root has no slope at 0
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mmd
-from mmd import mmd2, mmd2_features, mmd2_linear, two_sample_test
+from mmd import mmd2, mmd2_features, mmd2_linear, mmd2_naive, two_sample_test
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "oracle"
 CASES = sorted(file.stem for file in ORACLE.glob("*.npz"))
@@ -168,6 +168,20 @@ def test_M5_gradient_against_finite_differences(monkeypatch, unbiased, bandwidth
     assert torch.autograd.gradcheck(lambda x, y: mmd2(x, y, **options), (x, y))
     assert torch.autograd.gradcheck(lambda y: mmd2(x.detach(), y, **options), (y,))
     assert torch.autograd.gradcheck(lambda x: mmd2(x, y.detach(), **options), (x,))
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_M3_M5_the_fast_form_is_the_definition(unbiased):
+    """Values and both gradients of mmd2 and mmd2_naive, on random samples of any size."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        n, m, D = (int(k) for k in rng.integers(2, 30, 3))
+        x, y = (v.requires_grad_() for v in sample(n, m, D, seed))
+        widths = default_bandwidths(x, y)
+        fast, slow = mmd2(x, y, unbiased=unbiased), mmd2_naive(x, y, widths, unbiased)
+        torch.testing.assert_close(fast, slow, rtol=1e-7, atol=1e-10)
+        for a, b in zip(*(torch.autograd.grad(v, (x, y)) for v in (fast, slow)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
