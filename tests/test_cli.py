@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+import run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["orca", "pare", "proposed"]
@@ -60,9 +63,58 @@ def test_flags_are_the_fields_of_config(script, capsys):
         assert getattr(cfg, f.name) == (f.type(value[0]) if value else True)
 
 
+GROUPS = ["method", "data and parts", "training", "machine and run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_four_groups_the_method_s_first(script, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit):
+        module.parse_args(["--help"])
+    shown = capsys.readouterr().out.split("\n")
+    titles = [line[:-1] for line in shown if line.endswith(":") and line[:-1] in GROUPS]
+    assert titles == GROUPS
+    begin = {title: shown.index(f"{title}:") for title in titles}
+    flags = [i for i, line in enumerate(shown) if line.startswith("  --")]
+    listed = {title: [] for title in titles}
+    for i in flags:
+        title = max((title for title in titles if begin[title] < i), key=begin.get)
+        listed[title].append(shown[i].split()[0][2:].replace("-", "_"))
+    common = {f.name for f in fields(run.Settings)}
+    assert set(listed["method"]) == {f.name for f in fields(module.Config)} - common
+    assert {"task", "body", "source"} <= set(listed["data and parts"])
+    assert {"epochs", "lr", "clip"} <= set(listed["training"])
+    assert {"device", "seed", "resume", "out"} <= set(listed["machine and run"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_method_has_at_most_15_flags_of_its_own(script):
+    common = {f.name for f in fields(run.Settings)}
+    own = [f.name for f in fields(importlib.import_module(script).Config) if f.name not in common]
+    assert 0 < len(own) <= 15, own
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_help_text_stands_alone(script):
+    """A noun phrase: it goes on from no other text, and is no sentence or condition."""
+    for f in fields(importlib.import_module(script).Config):
+        text = f.metadata["help"]
+        assert not re.match(r"(of|and|or|in|to|if|whether|is|are|the same)\b|(on|off):", text), text
+        assert text and not text.endswith(".") and len(text) < 100, text
+
+
+def test_fields_of_one_name_mean_the_same_everywhere():
+    found = {}
+    for script in SCRIPTS:
+        for f in fields(importlib.import_module(script).Config):
+            meaning = (f.type, f.default, dict(f.metadata))
+            assert found.setdefault(f.name, meaning) == meaning, f"--{f.name} of {script}"
+
+
 BAD_FLAGS = [
     ("--epoch 3", "unrecognized arguments: --epoch 3"),
-    ("--epochs 0", "--epochs 0 is out of range; give a number of at least 1"),
+    ("--epochs -2", "--epochs -2 is out of range; give a number of at least -1"),
+    ("--warmup 5", "--warmup 5.0 is out of range; give a number of at least 0 and at most 1"),
     ("--epochs three", "invalid int value: 'three'"),
     ("--lr nan", "--lr nan is out of range"),
     ("--seed -1", "--seed -1 is out of range"),
@@ -90,11 +142,11 @@ BAD_RUNS = {
     "no body": ("--body tiny_bert", "no folder bodies/tiny_bert or tiny_bert; give tiny_roberta"),
     "no random body": ("--body random:nothing", "no folder bodies/nothing"),
     "no body's folder": ("--body tests", "--body tests cannot be loaded (Unrecognized model"),
-    "odd device": ("--device gpu", "--device gpu is not to be had"),
+    "odd device": ("--device gpu", "--device gpu is not available"),
     "no train size": ("--task FILE --train-size 999", "train_size=999 exceeds"),
 }
 if not torch.cuda.is_available():
-    BAD_RUNS["no cuda"] = ("--device cuda", "--device cuda is not to be had")
+    BAD_RUNS["no cuda"] = ("--device cuda", "--device cuda is not available")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -179,5 +231,5 @@ def test_help_and_bad_usage_cost_little_more_than_torch(script):
         return min(times)
 
     floor = seconds("-c", "import torch")
-    for flags in (["--help"], ["--epochs", "0"]):
+    for flags in (["--help"], ["--epochs", "-2"]):
         assert seconds(f"{script}.py", *flags) < 1.5 * floor

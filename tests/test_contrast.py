@@ -55,23 +55,23 @@ def test_N2_levels_are_all_scales_and_steps_after_no_noise():
     torch.testing.assert_close(a**2 + s**2, torch.ones(7))
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_N2_draws_have_the_noise_they_say(whole):
-    d = torch.randn(40, 500, generator=rng())
-    data = contrast.Augmented(d, [0.2, 0.6], 2, rng(1), whole)
-    rows = torch.arange(40).repeat(10)
-    noisy, a, s = data.draw(rows)
-    noise = noisy - a[:, None] * d[rows]
+def test_N2_draws_have_the_noise_they_say():
+    d = torch.randn(40, 500, generator=rng()).repeat(10, 1)
+    a, s = contrast.noise_levels([0.2, 0.6], 2)
+    level, source = torch.randint(5, (400,), generator=rng(1)), rng(2)
+    a, s = a[level], s[level]
+    noisy = contrast.perturb(d, a, s, source)
+    noise = noisy - a[:, None] * d
     torch.testing.assert_close(noise.std(dim=1), s, atol=0.08, rtol=0)
-    assert torch.equal(noisy[s == 0], d[rows][s == 0]) and len(s.unique()) == 5
-    again, *_ = data.draw(rows)
-    assert not torch.equal(noisy, again)
-    if whole:  # N versions, made once
-        assert data.versions.shape == (5, 40, 500)
-        assert (data.versions[:, rows[0]] == again[0]).all(dim=1).any()
+    assert torch.equal(noisy[s == 0], d[s == 0]) and len(s.unique()) == 5
+    assert not torch.equal(noisy, contrast.perturb(d, a, s, source))
+    assert torch.equal(noisy, contrast.perturb(d, a, s, rng(2)))
 
 
 # ---- the contrastive loss ----
+
+
+LOSSES = {"inner": contrast.inner, "outer": contrast.outer, "literal": contrast.literal}
 
 
 def naive(z, y, lam, P, tau, kind):
@@ -115,7 +115,7 @@ def test_N3_is_the_sum_over_pairs(kind, seed):
     z, y, lam, P = points(B=17, seed=seed)
     y[-1] = 9  # alone in its class: a negative for the others, without a loss of its own
     lam[-1, :-1] = lam[:-1, -1] = 1.7
-    loss, undefined = contrast.contrastive_loss(z, y, lam, P, 0.3, kind)
+    loss, undefined = LOSSES[kind](z, y, lam, P, 0.3)
     want, left_out = naive(z, y, lam, P, 0.3, kind)
     assert float(loss) == pytest.approx(want, rel=1e-6)
     assert undefined == pytest.approx(left_out)
@@ -127,12 +127,12 @@ def test_N3_is_not_negative_and_finite_whatever_the_cosines(kind, tau):
     for seed in range(20):
         z, y, lam, P = points(d=2, seed=seed)
         z.requires_grad_()
-        loss, undefined = contrast.contrastive_loss(z, y, lam, P * (seed % 2), tau, kind)
+        loss, undefined = LOSSES[kind](z, y, lam, P * (seed % 2), tau)
         loss.backward()
         assert loss >= 0 and undefined == 0 and z.grad.isfinite().all()
     opposite = torch.tensor([[1.0, 0], [-1, 0], [1, 0], [-1, 0]])  # equal labels, cosine -1
     y = torch.tensor([0, 0, 1, 1])
-    loss, _ = contrast.contrastive_loss(opposite, y, torch.ones(4, 4), torch.ones(4), tau, kind)
+    loss, _ = LOSSES[kind](opposite, y, torch.ones(4, 4), torch.ones(4), tau)
     assert loss.isfinite() and loss > math.log(2)
 
 
@@ -140,9 +140,9 @@ def test_N3_is_not_negative_and_finite_whatever_the_cosines(kind, tau):
 def test_N3_does_not_depend_on_the_order_or_the_length(kind):
     z, y, lam, P = points()
     order = torch.randperm(len(z), generator=rng(3))
-    a = contrast.contrastive_loss(z, y, lam, P, 0.2, kind)[0]
+    a = LOSSES[kind](z, y, lam, P, 0.2)[0]
     moved = (3 * z[order], y[order] + 5, lam[order][:, order], P[order])
-    torch.testing.assert_close(contrast.contrastive_loss(*moved, 0.2, kind)[0], a)
+    torch.testing.assert_close(LOSSES[kind](*moved, 0.2)[0], a)
 
 
 @pytest.mark.parametrize("kind", ["inner", "outer", "literal"])
@@ -152,7 +152,7 @@ def test_N3_falls_as_classes_come_apart(kind):
     noise = torch.randn(24, 8, generator=rng()) / 8
     apart = F.one_hot(y, 8) + noise
     mixed = F.one_hot(y[torch.randperm(24, generator=rng(1))], 8) + noise
-    losses = [contrast.contrastive_loss(z, y, lam, ones, 0.2, kind)[0] for z in (apart, mixed)]
+    losses = [LOSSES[kind](z, y, lam, ones, 0.2)[0] for z in (apart, mixed)]
     assert losses[0] < losses[1] - 0.5
 
 
@@ -164,7 +164,7 @@ def test_N3_doubtful_points_weigh_less():
     keep = torch.arange(16) != 3
     less = (z[keep], y[keep], lam[keep][:, keep], P[keep])
     for kind in ("inner", "outer", "literal"):
-        a, b = (contrast.contrastive_loss(*x, 0.2, kind)[0] for x in ((z, y, lam, P), less))
+        a, b = (LOSSES[kind](*x, 0.2)[0] for x in ((z, y, lam, P), less))
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
@@ -174,20 +174,18 @@ def test_N3_says_where_the_slide_s_form_is_undefined():
     P = torch.tensor([1.0, 1, 1, 1])
     close = z.detach().clone()
     close[1] = -close[0]  # the cosines of class 0 add up to 0
-    loss, undefined = contrast.contrastive_loss(close, y, lam, P, 0.2, "literal")
+    loss, undefined = contrast.literal(close, y, lam, P)
     assert undefined == 0.5 and loss.isfinite()
-    loss, undefined = contrast.contrastive_loss(
-        torch.zeros(4, 2, requires_grad=True), y, lam, P, 0.2, "literal"
-    )
+    loss, undefined = contrast.literal(torch.zeros(4, 2, requires_grad=True), y, lam, P)
     loss.backward()
     assert undefined == 1 and loss == 0
 
 
-def test_N3_needs_a_pair():
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_N3_needs_a_pair(kind):
+    alone = (torch.randn(3, 2), torch.arange(3), torch.ones(3, 3), torch.ones(3), 0.2)
     with pytest.raises(ValueError, match="no two points of the batch have one label"):
-        contrast.contrastive_loss(
-            torch.randn(3, 2), torch.arange(3), torch.ones(3, 3), torch.ones(3), 0.2
-        )
+        LOSSES[kind](*alone)
 
 
 def test_N4_is_1_for_equal_labels_and_grows_as_labels_differ():
@@ -214,17 +212,18 @@ def test_N5_margin_agrees_with_monte_carlo(kind, sigma, error):
     torch.manual_seed(0)
     head, d, s = HEADS[kind](), torch.randn(200, 32), torch.full((200,), sigma)
     a, y = (1 - s**2).sqrt(), head(d).argmax(dim=1)
-    P = contrast.kept_by_margin(head, d, y, a, s)
+    P = contrast.preserved_by_margin(head, d, y, a, s)
     with torch.no_grad():
         draws = [head(contrast.perturb(d, a, s, rng(i))).argmax(dim=1) == y for i in range(400)]
     want = torch.stack(draws).float().mean(dim=0)
     assert (P - want).abs().mean() < error and torch.corrcoef(torch.stack([P, want]))[0, 1] > 0.95
-    # the bound of the slide, by the norm of the change, is far from it
+    # bounds by the norm of the change are far from it, the slide's farthest
     noisy = contrast.perturb(d, a, s, rng(1))
     C = contrast.margin(head(d), y)
-    literal = contrast.kept_by_jacobian(head, d, noisy, C)
-    assert (literal - want).abs().mean() > 5 * error
-    assert torch.corrcoef(torch.stack([literal, want]))[0, 1] > 0.4  # but it falls where P does
+    bound = contrast.preserved_by_jacobian(head, d, noisy, C)
+    slide = contrast.preserved_by_slope(head, d, noisy, C)
+    assert (slide - want).abs().mean() > (bound - want).abs().mean() > 5 * error
+    assert torch.corrcoef(torch.stack([bound, want]))[0, 1] > 0.4  # but it falls where P does
 
 
 def test_N5_margin_of_two_classes_of_a_linear_head_is_exact():
@@ -232,7 +231,7 @@ def test_N5_margin_of_two_classes_of_a_linear_head_is_exact():
     head, d = nn.Linear(8, 2), torch.randn(50, 8)
     y, s = torch.arange(50) % 2, torch.full((50,), 0.5)
     a = (1 - s**2).sqrt()
-    P = contrast.kept_by_margin(head, d, y, a, s)  # of the label given, be it predicted or not
+    P = contrast.preserved_by_margin(head, d, y, a, s)  # of the label given, be it predicted or not
     noisy = a[:, None, None] * d[:, None] + 0.5 * torch.randn(50, 20_000, 8)
     want = (head(noisy).argmax(dim=2) == y[:, None]).float().mean(dim=1)
     torch.testing.assert_close(P, want, atol=0.02, rtol=0)
@@ -246,9 +245,23 @@ def test_N5_jacobian_is_the_first_order_change(soft):
     J = torch.stack([torch.autograd.functional.jacobian(head, row) for row in d])
     change = torch.einsum("bij,bj->bi", J, noisy - d).norm(dim=1)
     want = torch.exp(-((change / C) ** 2) / 2) if soft else (1 - change / C).clamp(0, 1)
-    got = contrast.kept_by_jacobian(head, d, noisy, C, soft)
+    got = contrast.preserved_by_jacobian(head, d, noisy, C, soft)
     torch.testing.assert_close(got, want)
     assert got.min() >= 0 and got.max() <= 1 and len(got.unique()) > 2
+
+
+def test_N5_slope_is_the_slide_s_form():
+    """1 - |d~ - d| |dh/dd| / C, with the Frobenius norm; never above the directional form."""
+    torch.manual_seed(0)
+    head, d = HEADS["mlp"](), torch.randn(7, 32)
+    noisy, C = d + 0.02 * torch.randn(7, 32), torch.linspace(0.05, 2, 7)
+    J = torch.stack([torch.autograd.functional.jacobian(head, row) for row in d])  # (7, 5, 32)
+    change = (noisy - d).norm(dim=1) * J.square().sum(dim=(1, 2)).sqrt()
+    got = contrast.preserved_by_slope(head, d, noisy, C)
+    torch.testing.assert_close(got, (1 - change / C).clamp(0, 1))
+    assert (
+        len(got.unique()) > 2 and (got <= contrast.preserved_by_jacobian(head, d, noisy, C)).all()
+    )
 
 
 def test_N5_is_1_without_noise_and_in_0_1_and_without_gradient():
@@ -261,13 +274,16 @@ def test_N5_is_1_without_noise_and_in_0_1_and_without_gradient():
     with torch.no_grad():
         C = contrast.margin(head(d), y)
     for P in (
-        contrast.kept_by_margin(head, d, y, a, s),
-        contrast.kept_by_jacobian(head, d, noisy, C),
-        contrast.kept_by_jacobian(head, d, noisy, 0.5, soft=True),
+        contrast.preserved_by_margin(head, d, y, a, s),
+        contrast.preserved_by_jacobian(head, d, noisy, C),
+        contrast.preserved_by_jacobian(head, d, noisy, 0.5, soft=True),
+        contrast.preserved_by_slope(head, d, noisy, 0.5),
     ):
         assert P[0] == 1 and P.min() >= 0 and P.max() <= 1 and not P.requires_grad
     assert d.grad is None and all(w.grad is None for w in head.parameters())
-    nowhere = contrast.kept_by_margin(lambda d: 0 * d[:, :5], d, y, a, s)  # no margin, no slope
+    nowhere = contrast.preserved_by_margin(
+        lambda d: 0 * d[:, :5], d, y, a, s
+    )  # no margin, no slope
     assert nowhere[0] == 1 and (nowhere[1:] == 0.5).all()
 
 
@@ -283,7 +299,7 @@ def test_N7_without_noise_is_the_normal_prediction():
     h, d = HEADS["mlp"](), torch.randn(9, 32, generator=rng())
     a, s = contrast.noise_levels([0.0], 2)
     for kind in ("classes", "labels", "regression"):
-        out, variance = contrast.predict_perturbed(h, d, a, s, 5, kind)
+        out, variance = contrast.predict_perturbed(h, d, a, s, 6, kind)
         want = h(d).log_softmax(dim=1) if kind == "classes" else h(d)
         torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
         assert variance.max() < 1e-6
@@ -312,7 +328,7 @@ def test_N7_averages_probabilities_over_the_levels_and_knows_no_batch():
         out, variance = contrast.predict_perturbed(head, d, a, s, 6, "classes")
         torch.testing.assert_close(out.exp().sum(dim=1), torch.ones(6))
         source, p = rng(), []
-        for i in range(6):
+        for i in range(8):  # 6 draws, rounded up to twice each of the 4 levels
             noise = torch.randn(32, generator=source)
             p.append(head(a[i % 4] * d + s[i % 4] * noise).softmax(dim=1))
         p = torch.stack(p)
@@ -322,3 +338,16 @@ def test_N7_averages_probabilities_over_the_levels_and_knows_no_batch():
         torch.testing.assert_close(alone, out[2:3])
         out, _ = contrast.predict_perturbed(head, d, a, s, 6, "labels")
         assert out.sigmoid().max() <= 1 and not torch.allclose(out, head(d), atol=1e-3)
+
+
+@pytest.mark.parametrize("draws", [1, 4, 12, 32])
+def test_N7_every_level_is_drawn_equally_often(draws):
+    """The mean of a, which is what a linear head tells of the levels, is that of all of them."""
+    a, s = (level[1:] for level in contrast.noise_levels([0.05, 0.2, 0.9], 4))
+    seen, d = [], torch.full((2, 3), 1e6)  # so large that the noise does not count
+    h = lambda d: seen.append(d[0, 0] / 1e6) or d  # noqa: E731
+    out, _ = contrast.predict_perturbed(h, d, a, s, draws, "regression")
+    level = (torch.stack(seen)[:, None] - a).abs().argmin(dim=1)
+    times = level.bincount(minlength=12)
+    assert (times == times[0]).all() and draws <= len(seen) < draws + 12
+    torch.testing.assert_close(out, a.mean() * d, rtol=1e-4, atol=0)

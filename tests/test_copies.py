@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [name for name in ("orca", "pare", "proposed") if (ROOT / f"{name}.py").exists()]
-OWN = {"Config", "main"}  # every script has its own, and is read for it
+OWN = {"Config", "configure", "main"}  # every script has its own, and is read for it
 MARK = re.compile(r"# (Copied|Adapted) from (\w+)\.(\w+)(?:: (.+))?$")
 
 

@@ -356,7 +356,7 @@ def run_python(*argv, cwd):
 
 
 # SERIES, FILE, FOLDER: an npz file, a text file, a folder that is not empty
-BAD_LINES = {  # for both scripts; what is said
+BAD_LINES = {  # for all scripts; what is said
     "satellite": "unrecognized arguments: satellite",
     "--task": "argument --task: expected one argument",
     "--task=": "no task ''; choose one of",
@@ -378,20 +378,28 @@ BAD_LINES = {  # for both scripts; what is said
     "--seed 0 1": "unrecognized arguments: 1",
     "--source-size 1": "--source-size 1 is out of range; give a number of at least 2",
     "--patches -1": "--patches -1 is out of range",
-    "--align_epochs 3": "unrecognized arguments: --align_epochs 3",
-    "--align otd": "invalid choice: 'otd'",
-    "--align-samples 1": "--align-samples 1 is out of range",
+    "--train_size 3": "unrecognized arguments: --train_size 3",
+    "--epochs -2": "--epochs -2 is out of range; give a number of at least -1",
+    "--save-every 0": "--save-every 0 is out of range; give a number of at least 1",
+    "--warmup 5": "--warmup 5.0 is out of range; give a number of at least 0 and at most 1",
+    "--beta2 1.5": "--beta2 1.5 is out of range",
     "--precision fp8": "invalid choice: 'fp8'",
     "--overwrite yes": "unrecognized arguments: yes",
     "--task SERIES --source cifar10": "'cifar10' does not suit this task, whose body takes text",
     "--task SERIES --body FILE": "--body .*file.npz: no folder",
     "--task SERIES --body tiny_swin": "tiny_swin cannot be loaded .*series take a RoBERTa",
-    "--task SERIES --device cpu:x": "--device cpu:x is not to be had",
+    "--task SERIES --device cpu:x": "--device cpu:x is not available",
     "--task SERIES --out FILE": "file.npz",
     "--task SERIES --out FILE/run": "file.npz/run",
     "--task SERIES --out FOLDER": "folder.npz .*choose another --out",
 }
+BAD_ORCA_LINES = {
+    "--align otd": "invalid choice: 'otd'",
+    "--align-samples -1": "--align-samples -1 is out of range",
+    "--k0 3": "unrecognized arguments: --k0 3",
+}
 BAD_PARE_LINES = {
+    "--align mmd": "unrecognized arguments: --align mmd",
     "--k0 -2": "--k0 -2 is out of range",
     "--task SERIES --k0 999": "k0.999 exceeds",
     "--task SERIES --k0 2 --k-end 9": "k.end.9 exceeds",
@@ -399,8 +407,14 @@ BAD_PARE_LINES = {
     "--mix-weight nan": "--mix-weight nan is out of range",
     "--lam 0.5": "invalid choice: '0.5'",
 }
-CASES = [(s, line, says) for s in ("orca", "pare") for line, says in BAD_LINES.items()]
-CASES += [("pare", line, says) for line, says in BAD_PARE_LINES.items()]
+BAD_PROPOSED_LINES = {
+    "--sigmas 2": "--sigmas 2: expected numbers of 0..1",
+    "--tau 0": "--tau 0.0 is out of range",
+    "--draws 0": "--draws 0 is out of range",
+    "--preserve lipschitz": "invalid choice: 'lipschitz'",
+}
+OWN_LINES = {"orca": BAD_ORCA_LINES, "pare": BAD_PARE_LINES, "proposed": BAD_PROPOSED_LINES}
+CASES = [(s, *case) for s, own in OWN_LINES.items() for case in (BAD_LINES | own).items()]
 
 
 @pytest.fixture

@@ -54,17 +54,17 @@ def test_O1_image_body_and_source_embedder_are_the_library_s_own(swin):
 
 def test_image_embedder_starts_from_the_body_s_or_at_random(swin):
     own = swin.patch_embed
-    f_t = orca.ImageEmbedder((5, 30, 30), swin)
+    f_t = orca.ImageEmbedder(swin, (5, 30, 30))
     tiled = torch.cat([own.proj.weight, own.proj.weight[:, :2]], dim=1)
     torch.testing.assert_close(f_t.conv.weight, tiled)
     torch.testing.assert_close(f_t.norm.weight, own.norm.weight)
-    other = orca.ImageEmbedder((5, 30, 30), swin, init="random")
+    other = orca.ImageEmbedder(swin, (5, 30, 30), init="random")
     assert not torch.allclose(other.conv.weight, tiled)
     assert torch.equal(other.norm.weight, torch.ones(48))
 
 
 def test_series_embedder_at_random_shares_nothing_with_the_body(roberta):
-    f_t = orca.SeriesEmbedder((1, 46), roberta, 46, init="random")
+    f_t = orca.SeriesEmbedder(roberta, (1, 46), 46, init="random")
     assert torch.equal(f_t.norm.weight, torch.ones(128))
     table = roberta.embeddings.position_embeddings.weight[2:48]
     assert not torch.allclose(f_t.position, table)
@@ -74,28 +74,6 @@ def test_another_image_size_has_other_grids_and_the_same_weights():
     large = bodies.load_body("tiny_swin", (1, 128, 128), 1024)[0]
     model = orca.Model(large, (1, 128, 128), (1, 128, 128), 1024)
     assert model.f_t.grid == (32, 32) and model(torch.randn(1, 1, 128, 128)).shape[-1] == 128
-
-
-@pytest.mark.parametrize("x_shape", [(2, 46), (3, 60, 40)])
-def test_coordinates_are_further_channels_that_leave_the_start_as_it_was(x_shape, roberta, swin):
-    series = len(x_shape) == 2
-    embedder, body = (orca.SeriesEmbedder, roberta) if series else (orca.ImageEmbedder, swin)
-    f_t = embedder(x_shape, body, 46, coordinates=True)
-    C, axes = x_shape[0], len(x_shape) - 1
-    assert f_t.conv.in_channels == C + axes
-    x = orca.with_coordinates(torch.zeros(2, *x_shape))
-    assert x.shape == (2, C + axes, *x_shape[1:]) and x[:, :C].abs().max() == 0
-    for axis in range(axes):
-        places = x[0, C + axis].movedim(axis, 0).reshape(x_shape[1 + axis], -1)
-        line = torch.linspace(-1, 1, x_shape[1 + axis])
-        torch.testing.assert_close(places, line[:, None].expand_as(places))
-    if not series:  # where it starts as the body's own, the places have no weight yet
-        plain = embedder(x_shape, body, 46)
-        x = torch.randn(2, *x_shape)
-        torch.testing.assert_close(f_t(x), plain(x))
-    f_t.conv.weight.data.normal_()
-    before = f_t(torch.zeros(1, *x_shape))
-    assert before.std(dim=1).mean() > 0.1  # patches of the same values differ by their places
 
 
 # ---- the predictor ----
@@ -136,7 +114,7 @@ def test_a_dense_predictor_gives_the_shape_asked_for(swin, out_shape):
 def test_predictions_start_at_the_mean_and_have_the_units_of_y(roberta):
     model = orca.Model(copy.deepcopy(roberta), (1, 46), (1, 46), 32)
     mean, std = torch.linspace(100, 200, 46)[None], torch.linspace(0, 3, 46)[None]
-    model.standardise(torch.zeros(1, 1), torch.ones(1, 1), mean, std)
+    model.h_t.mean, model.h_t.std = mean, std
     x = torch.randn(3, 1, 46)
     torch.testing.assert_close(model(x), mean.expand(3, 1, 46))
     torch.nn.init.normal_(model.h_t.linear.weight)
@@ -312,7 +290,7 @@ def test_every_kind_runs_and_its_loss_falls(method, kind, axes, file, tmp_path):
     if method is orca:
         small |= {"align_epochs": 1, "align_steps_per_epoch": 1, "align_samples": 32}
     if method is proposed:
-        small |= {"contrast_epochs": 1, "contrast_steps_per_epoch": 2, "contrast_batch": 40}
+        small |= {"contrast_epochs": 1, "contrast_steps_per_epoch": 2}
     task = tasks.load_task(file(axes, kind))
     result = method.main(method.configure(task=file(axes, kind), **small))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -372,7 +350,7 @@ def test_every_task_runs_with_every_method(name, method, tmp_path, monkeypatch):
     if method is orca:
         common |= {"align_epochs": 1, "align_steps_per_epoch": 1, "align_samples": 24}
     if method is proposed:
-        common |= {"contrast_epochs": 1, "contrast_steps_per_epoch": 1, "contrast_batch": 40}
+        common |= {"contrast_epochs": 1, "contrast_steps_per_epoch": 1}
     result = method.main(method.configure(**common))
     assert (result["task"], result["train_size"]) == (name, 40)
     assert result["metric"] == module.TASK["metric_name"] and np.isfinite(result["test_error"])

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +9,8 @@ import torch
 
 import bodies
 import orca
+import run as plumbing
 import tasks
-from run import rate
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +41,7 @@ def changed(model, before):
     [(46, 512, 1), (1000, 64, 20), (3072, 128, 24), (1024, 32, 32), (46, 23, 2), (1009, 512, 2)],
 )
 def test_patch_length_is_the_smallest_divisor_or_pads(L, most, length):
-    assert orca.patch_length(L, most) == length
+    assert bodies.patch_length(L, most) == length
 
 
 @pytest.mark.parametrize(
@@ -104,8 +101,8 @@ def test_random_body_has_the_shape_but_not_the_weights(body):
 
 
 def test_another_kind_of_body_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="cannot be loaded .it is a bert; series take a RoBERTa"):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="cannot be loaded .it is a gpt2; series take a RoBERTa"):
         bodies.load_body(str(tmp_path), (1, 46), 32)
 
 
@@ -115,22 +112,19 @@ def test_balanced_rows_take_as_many_of_each_class():
     assert labels[rows].bincount().tolist() == [10, 9, 3] and len(rows.unique()) == len(rows)
 
 
-@pytest.mark.parametrize("features", ["mean", "random-patch"])
 @pytest.mark.parametrize("kind", [name for name in orca.ALIGN if name != "none"])
-def test_O2_lowers_its_distance_and_trains_f_t_alone(
-    kind, features, body, source, series, tmp_path
-):
+def test_O2_lowers_its_distance_and_trains_f_t_alone(kind, body, source, series, tmp_path):
     task = tasks.load_task(str(series))
     model = fresh(body)
     before, embeddings = state(model), copy.deepcopy(body[0].embeddings.state_dict())
-    z_s = orca.source_features(body[0].embeddings, source, torch.device("cpu"), features)
+    z_s = orca.source_features(body[0].embeddings, source, torch.device("cpu"))
     assert z_s.shape == (200, 128) and not z_s.requires_grad
-    how = {"align": kind, "align_features": features, "align_samples": 64, "align_lr": 5e-3}
-    cfg = orca.configure(**how, align_epochs=15, align_steps_per_epoch=2)
+    how = {"align": kind, "align_samples": 64, "align_lr": 5e-3}
+    cfg = orca.configure(**how, align_epochs=10, align_steps_per_epoch=3)
     record = orca.Record(tmp_path)
     orca.align(model, z_s, source.y, task, cfg, record)
     distance = [row["distance"] for row in record.rows]
-    assert distance[-1] < 0.85 * distance[0] and len(record.rows) == 15
+    assert distance[-1] < 0.85 * distance[0] and len(record.rows) == 10
     assert all(row["grad_norm"] > 0 and 0 < row["separability"] < 1 for row in record.rows)
     assert changed(model, before) == {"f_t"}
     for name, w in body[0].embeddings.state_dict().items():
@@ -161,22 +155,14 @@ def test_O2_otdd_sees_labels_and_mmd_does_not(body, source):
         assert torch.allclose(D(z_t, y_t), D(z_t, other)) == same
 
 
-def test_what_D_sees_of_a_sample_is_its_mean_or_one_of_its_patches():
-    z = torch.randn(6, 5, 3)
-    assert torch.equal(orca.one_vector(z, "mean"), z.mean(dim=1))
-    picked = torch.stack([orca.one_vector(z, "random-patch") for _ in range(40)])  # (40, 6, 3)
-    hit = (picked.unsqueeze(2) == z).all(dim=-1)  # (40, 6, 5)
-    assert (hit.sum(dim=-1) == 1).all() and hit.any(dim=0).all()
-
-
 def test_separability_is_the_share_of_the_variance_between_classes():
     y = torch.arange(300) % 3
     points = torch.eye(3)[y]
-    assert orca.separability(points, y) == pytest.approx(1)
+    assert orca.separability(points, y, 3) == pytest.approx(1)
     noise = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
-    assert orca.separability(noise, y) < 0.03
+    assert orca.separability(noise, y, 3) < 0.03
     mixed = points * 6**0.5 + noise  # between: 6 * 2/9 * 3 = 4, within: 3
-    assert orca.separability(mixed, y) == pytest.approx(4 / 7, abs=0.05)
+    assert orca.separability(mixed, y, 3) == pytest.approx(4 / 7, abs=0.05)
 
 
 @pytest.fixture()
@@ -239,23 +225,9 @@ def test_every_alignment_takes_every_kind_of_target(kind, align, tmp_path):
     flags = f"--task {tmp_path / 'd.npz'} --align {align} --align-epochs 5 --epochs 1"
     flags += f" --align-lr 1e-3 --source-size 100 --align-samples 50 --out {tmp_path / 'run'}"
     result = orca.main(orca.parse_args(flags.split()))
-    assert result["align"] == align and np.isfinite(result["test_error"])
+    assert np.isfinite(result["test_error"])
     rows = [json.loads(r) for r in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[4]["distance"] < rows[0]["distance"]
-
-
-def test_sources_are_ranked_by_distance_and_those_not_there_are_named(series, capsys, tmp_path):
-    flags = f"--task {series} --rank-sources --align-epochs 4 --align-lr 5e-3 --source-size 100"
-    assert orca.cli([*flags.split(), "--data-dir", str(tmp_path), "--align-samples", "40"]) == 0
-    printed = capsys.readouterr().out
-    rows = [line for line in printed.splitlines() if line.startswith("rank")]
-    assert "conll2003: left out" in printed and len(rows) >= 3
-    values = [dict(part.split("=") for part in row.split()[2:]) for row in rows]
-    assert {"words", "code", "noise"} <= {row["source"] for row in values}
-    after = [float(row["otdd_after"]) for row in values]
-    assert after == sorted(after)
-    assert all(float(row["otdd_after"]) < float(row["otdd_before"]) for row in values)
-    assert not list(tmp_path.iterdir())  # nothing is trained or written
 
 
 TRAINED = {
@@ -281,7 +253,13 @@ def test_O3_frozen_weights_stay_bit_for_bit(what, body, series, tmp_path):
 
 
 def test_rate_rises_then_falls_to_0():
-    rates = [rate(step, 100, 0.1) for step in range(101)]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = plumbing.schedule_of(optimizer, orca.Config(epochs=10, warmup=0.1), epoch_steps=10)
+    rates = []
+    for _ in range(101):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[100] == 0.0
     assert max(rates) == 1.0 and rates[55] == pytest.approx(0.5)
 
@@ -305,8 +283,7 @@ def run(series, tmp_path_factory):
 def test_a_run_aligns_learns_and_writes_everything(run, series):
     cfg, result, out = run
     names = "config.json metrics.jsonl steps.csv curves.png model.safetensors result.json last.pt"
-    names = names.split()
-    assert sorted(p.name for p in out.iterdir()) == sorted(names)
+    assert {p.name for p in out.iterdir()} == {*names.split(), "f_t.safetensors"}
     assert json.loads((out / "result.json").read_text()) == result
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == ["align"] * 4 + ["finetune"] * 3
@@ -317,7 +294,7 @@ def test_a_run_aligns_learns_and_writes_everything(run, series):
     norms = [float(norm) for *_, norm in steps[-per_epoch:]]
     assert sum(norms) / per_epoch == pytest.approx(rows[-1]["grad_norm"], rel=1e-4)
     assert rows[-1]["train_loss"] < rows[4]["train_loss"]
-    assert result["align"] == "otdd" and result["source"] == "words"
+    assert result["source"] == "words"
     saved = json.loads((out / "config.json").read_text())
     assert saved["config"]["align_epochs"] == 4 and saved["versions"]["torch"] == torch.__version__
     arrays = np.load(series)

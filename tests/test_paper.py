@@ -19,7 +19,9 @@ import bodies
 import orca
 import pare
 import proposed
+import run
 import tasks
+from tasks import papers
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"orca": orca, "pare": pare, "proposed": proposed}
@@ -129,8 +131,8 @@ def body_of(task: str) -> str:
 
 
 def test_the_tables_have_all_tasks():
-    assert list(table(PUBLISHED_ORCA)) == list(tasks.NAMES) == list(orca.PRESETS)
-    assert set(SHAPES) == set(pare.PRESETS) == set(proposed.PRESETS) == set(tasks.NAMES)
+    assert list(table(PUBLISHED_ORCA)) == list(tasks.NAMES) == list(papers.ORCA)
+    assert set(SHAPES) == set(papers.PARE) == set(tasks.NAMES)
 
 
 @pytest.mark.parametrize("task", tasks.NAMES)
@@ -143,8 +145,8 @@ def test_orca_s_settings_are_the_published_ones(task):
     wanted |= {"body": body_of(task)}
     wanted |= {"source": "conll2003" if len(SHAPES[task][0]) == 2 else "cifar10"}
     assert differences(orca.configure(task=task, paper=True), wanted) == {}
-    # the slides give none for the proposal: it has ORCA's, and no alignment unless asked for
-    wanted["align"] = "none"
+    # the slides give none for the proposal: it has ORCA's, but for the alignment
+    wanted = {key: value for key, value in wanted.items() if not key.startswith("align")}
     assert differences(proposed.configure(task=task, paper=True), wanted) == {}
 
 
@@ -158,7 +160,7 @@ def test_pare_s_settings_are_the_published_ones(task):
     if own:
         changes = own["changes"].split(",") if own["changes"] != "-" else []
         row |= dict(change.split("=") for change in changes)
-    wanted = expected(row) | {"body": body_of(task), "align": "none", "lam": "k/N"}
+    wanted = expected(row) | {"body": body_of(task), "lam": "k/N"}
     cfg = pare.configure(task=task, paper=True)
     series = len(SHAPES[task][0]) == 2
     if own:
@@ -178,13 +180,13 @@ def test_pare_s_settings_are_the_published_ones(task):
 @pytest.mark.parametrize("task", tasks.NAMES)
 def test_no_step_has_another_learning_rate_than_the_released_one(task):
     """Their factor for batch s of n an epoch; ours counts steps, and its first is not 0."""
-    import run
-
     row, n = table(PUBLISHED_ORCA)[task], 10
     cfg, w, T = orca.configure(task=task, paper=True), int(row["w"]), int(row["T"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    (ours,) = run.schedule_of(optimizer, cfg, epoch_steps=n).lr_lambdas
     for s in range(cfg.epochs * n):
         theirs = s / (w * n) if s < w * n else (T * n - s) / (T * n - w * n)
-        assert abs(run.rate(s, cfg.schedule_epochs * n, cfg.warmup) - theirs) <= 1 / (w * n) + 1e-9
+        assert abs(ours(s) - theirs) <= 1 / (w * n) + 1e-9
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -216,7 +218,7 @@ def test_print_config_from_the_shell(script):
 def test_series_become_the_published_number_of_tokens(script, task):
     (C, L), N = SHAPES[task]
     cfg = SCRIPTS[script].configure(task=task, paper=True)
-    p = orca.patch_length(L, cfg.patches)  # which pare repeats, and proposed takes
+    p = bodies.patch_length(L, cfg.patches)
     assert (p, L // p, L % p) == (L // N, N, 0) and N <= 512
     kernel = {"ecg": 20, "satellite": 1, "deepsea": 2, "advection": 1, "burgers": 2}
     kernel |= {"diffusion_reaction_1d": 4, "diffusion_sorption": 32, "navier_stokes_1d": 8}
@@ -366,14 +368,14 @@ def test_a_step_at_full_size(script, task, tmp_path, monkeypatch, capsys):
     body = bench().roberta_base(tmp_path / "body") if series else bodies.SWIN_BASE.split(".")[0]
     cfg = vars(module.configure(task=task, paper=True))
     cfg |= {"data": "simulated", "body": f"random:{body}", "source": "noise", "source_size": 16}
-    cfg |= {"epochs": 1, "batch_size": 2, "accumulate": 1, "align": "otdd", "align_epochs": 1}
-    cfg |= {"align_samples": 4, "out": str(tmp_path / "run")}
-    if script == "proposed":
-        cfg |= {"contrast_epochs": 1, "contrast_steps_per_epoch": 1, "contrast_batch": 4}
-        cfg |= {"draws": 2}
+    cfg |= {"epochs": 1, "batch_size": 2, "accumulate": 1, "out": str(tmp_path / "run")}
+    own = {"orca": {"align_epochs": 1, "align_samples": 4}, "pare": {}}
+    own["proposed"] = {"contrast_epochs": 1, "contrast_steps_per_epoch": 1, "draws": 1}
+    cfg |= own[script]
     result = module.main(module.Config(**cfg))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert {line["stage"] for line in lines} >= {"align", "finetune"}
+    stage_2 = {"orca": {"align"}, "pare": set(), "proposed": {"contrast"}}[script]
+    assert {line["stage"] for line in lines} == stage_2 | {"finetune"}
     assert all(math.isfinite(v) for row in lines for v in row.values() if isinstance(v, float))
     steps = (tmp_path / "run/steps.csv").read_text().splitlines()
     assert len(steps) == 1 + 2  # the header, and 4 samples in batches of 2

@@ -1,6 +1,8 @@
 """PaRe: the gate, the replacement, the schedule, the loss, and a whole run."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from torch.nn import functional as F
 
 import orca
 import pare
+import run as plumbing
 import tasks
+from tasks import metrics
 
 
 def naive_replace(z_t, z_s, s_t, s_s, k):
@@ -157,38 +161,97 @@ class Toy(nn.Module):
         self.h_t = pare.Predictor([((7,), 5)], (3,))
 
 
-@pytest.mark.parametrize("plain", ["on", "off"])
+TOY = tasks.Source("toy", torch.arange(72).view(8, 9) % 20, torch.arange(8) % 4, list("abcd"))
+
+
+def toy(seed=0, **given):
+    """A model, a mixer, a task, a batch and settings that are simple enough to follow by hand."""
+    torch.manual_seed(seed)
+    model, table = Toy(), nn.Embedding(20, 5)
+    mixer = pare.Mixer(table, TOY, [((7,), 5)], seed=3)
+    task = type("task", (), {"loss": staticmethod(F.cross_entropy)})
+    x, y = torch.randn(6, 7, 5), torch.randint(3, (6,))
+    return model, mixer, task, x, y, pare.Config(k0=4, mix_weight=0.3, **given)
+
+
+def by_hand(model, mixer, x, y, rows, k, cfg):
+    """L_tar, and L_tar and L_src of the mixture, of (P5), (P6)."""
+    z_t, z_s = model.f_t(x), mixer.f_s(TOY.x[rows])
+    z_mix = naive_replace(z_t, z_s, mixer.gate(z_t), mixer.gate(z_s), k)
+    p_mt, p_ms = model.h_t(model.g(z_mix)), mixer.h_s(model.g(z_mix))
+    plain = F.cross_entropy(model.h_t(model.g(z_t)), y)
+    return plain, F.cross_entropy(p_mt, y), F.cross_entropy(p_ms, TOY.y[rows])
+
+
 @pytest.mark.parametrize("labels", ["on", "off"])
 @pytest.mark.parametrize("lam", ["k/k0", "k/N"])
-def test_P5_P6_loss_is_the_weighted_sum(lam, labels, plain):
-    torch.manual_seed(0)
-    model = Toy()
-    table = nn.Embedding(20, 5)
-    source = tasks.Source("toy", torch.randint(20, (8, 9)), torch.randint(4, (8,)), list("abcd"))
-    mixer = pare.Mixer(table, source, [((7,), 5)], seed=3)
-    task = type("task", (), {"loss": staticmethod(F.cross_entropy)})
-    x, y, k = torch.randn(6, 7, 5), torch.randint(3, (6,)), 2
-    cfg = pare.Config(k0=4, lam=lam, mix_weight=0.3, source_labels=labels, plain_target_loss=plain)
-    got = mixer.loss(model, task, x, y, k, cfg)
+def test_P5_P6_loss_is_the_weighted_sum(lam, labels):
+    model, mixer, task, x, y, cfg = toy(lam=lam, source_labels=labels)
+    rows, k = mixer.draw(len(x)), 2
+    assert torch.equal(rows, torch.randint(8, (6,), generator=torch.Generator().manual_seed(3)))
+    target, source = mixer.losses(model, task, x, y, rows, k, cfg)
+    plain, mt, ms = by_hand(model, mixer, x, y, rows, k, cfg)
+    weight = {"k/k0": 2 / 4, "k/N": 2 / 7}[lam]
+    torch.testing.assert_close(target, plain + 0.3 * (1 - weight) * mt)
+    torch.testing.assert_close(source, 0.3 * weight * ms if labels == "on" else 0 * ms)
 
-    rows = torch.randint(8, (6,), generator=torch.Generator().manual_seed(3))
-    z_t, z_s = model.f_t(x), table(source.x[rows])
-    z_mix = naive_replace(z_t, z_s, mixer.gate(z_t), mixer.gate(z_s), k)
-    ce, weight = F.cross_entropy, {"k/k0": 2 / 4, "k/N": 2 / 7}[lam]
-    p_mt, p_ms = model.h_t(model.g(z_mix)), mixer.h_s(model.g(z_mix))
-    l_mix = (1 - weight) * ce(p_mt, y) + (labels == "on") * weight * ce(p_ms, source.y[rows])
-    want = (plain == "on") * ce(model.h_t(model.g(z_t)), y) + 0.3 * l_mix
-    torch.testing.assert_close(got, want)
+
+@pytest.mark.parametrize("lam", ["k/k0", "k/N"])
+def test_P5_without_the_plain_loss_it_is_the_slide_s(lam):
+    """(1 - lambda) L_tar + lambda L_src of weight 1, whatever --mix-weight says; (P5)."""
+    model, mixer, task, x, y, cfg = toy(lam=lam, plain_target_loss="off")
+    rows = mixer.draw(len(x))
+    for k in (4, 2, 1):
+        target, source = mixer.losses(model, task, x, y, rows, k, cfg)
+        _, mt, ms = by_hand(model, mixer, x, y, rows, k, cfg)
+        weight = k / {"k/k0": 4, "k/N": 7}[lam]
+        torch.testing.assert_close(target, (1 - weight) * mt)
+        torch.testing.assert_close(source, weight * ms)
+
+
+def test_P5_the_loss_is_continuous_where_k_becomes_0():
+    """Off: at k = 0 the mixture is the target, lambda is 0, and L_mix is the plain loss."""
+    model, mixer, task, x, y, cfg = toy(plain_target_loss="off")
+    rows = mixer.draw(len(x))
+    target, source = mixer.losses(model, task, x, y, torch.empty(0), 0, cfg)
+    torch.testing.assert_close(target, F.cross_entropy(model.h_t(model.g(model.f_t(x))), y))
+    assert source == 0
+    nearly, _ = mixer.losses(model, task, x, y, rows, 1, replace(cfg, k0=10**6))  # lambda = 1e-6
+    _, mixed, _ = by_hand(model, mixer, x, y, rows, 1, cfg)
+    torch.testing.assert_close(nearly, mixed)  # it differs from L_tar by one patch, not in weight
 
 
 def test_P6_without_patches_is_the_plain_loss():
+    model, mixer, task, x, y, cfg = toy()
+    target, source = mixer.losses(model, task, x, y, torch.empty(0), 0, cfg)
+    torch.testing.assert_close(target, F.cross_entropy(model.h_t(model.g(model.f_t(x))), y))
+    assert source == 0
+
+
+@pytest.mark.parametrize("labels", ["on", "off"])
+@pytest.mark.parametrize("plain", ["on", "off"])
+def test_P6_parts_of_a_batch_with_unknown_targets_add_up(plain, labels):
+    """L_src is a mean over samples, L_tar one over the targets that are known."""
     torch.manual_seed(0)
-    model, x, y = Toy(), torch.randn(6, 7, 5), torch.randint(3, (6,))
-    source = tasks.Source("toy", torch.zeros(8, 9, dtype=torch.long), torch.zeros(8).long(), ["a"])
-    mixer = pare.Mixer(nn.Embedding(2, 5), source, [((7,), 5)], seed=0)
-    task = type("task", (), {"loss": staticmethod(F.cross_entropy)})
-    got = mixer.loss(model, task, x, y, 0, pare.Config(k0=4))
-    torch.testing.assert_close(got, F.cross_entropy(model.h_t(model.g(model.f_t(x))), y))
+    model = Toy()
+    mixer = pare.Mixer(nn.Embedding(20, 5), TOY, [((7,), 5)], seed=3)
+    task = type("task", (), {"loss": staticmethod(metrics.mse)})
+    weigh = partial(metrics.terms, metrics.mse)
+    x, y = torch.randn(6, 7, 5), torch.randn(6, 3)
+    y[0], y[1, 1:] = float("nan"), float("nan")
+    cfg = pare.Config(k0=4, source_labels=labels, plain_target_loss=plain)
+    rows, slopes = mixer.draw(len(x)), []
+    for pieces in (1, 2, 3, 6):
+        left = rows
+        model.zero_grad(), mixer.zero_grad()
+        for x_part, y_part, weight, portion in plumbing.parts((x, y), pieces, weigh):
+            some, left = left[: len(x_part)], left[len(x_part) :]
+            target, source = mixer.losses(model, task, x_part, y_part, some, 2, cfg)
+            (weight * target + portion * source).backward()
+        found = [p.grad for p in (*model.parameters(), *mixer.parameters()) if p.grad is not None]
+        slopes.append(torch.cat([g.flatten() for g in found]))
+    for slope in slopes[1:]:
+        torch.testing.assert_close(slope, slopes[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +267,7 @@ def test_a_run_learns_and_writes_everything(run):
     names = "config.json metrics.jsonl steps.csv curves.png model.safetensors result.json last.pt"
     names = names.split()
     assert sorted(p.name for p in out.iterdir()) == sorted(names)
-    keys = "method task data body source align seed metric test_error val_error epochs train_size"
+    keys = "method task data body source seed metric test_error val_error epochs train_size spikes"
     assert list(result) == [*keys.split(), "time_s", "params_m", "device", "precision"]
     assert json.loads((out / "result.json").read_text()) == result
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -265,48 +328,29 @@ def test_without_replacement_it_is_naive_fine_tuning(series, tmp_path):
 
 
 FLAGS = ["--gate separate", "--gate random", "--gate none", "--select gumbel", "--replace highest"]
-FLAGS += ["--k0 5", "--k-end 3", "--k-by step", "--lam k/N", "--mix-weight 0.9", "--align mmd"]
+FLAGS += ["--k0 5", "--k-end 3", "--lam k/N", "--mix-weight 0.9"]
 FLAGS += ["--plain-target-loss off", "--source-labels off"]
 
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_every_flag_changes_the_run(flag, run, series, tmp_path):
     cfg, _, out = run
-    common = f"--task {series} --epochs 4 --source-size 64 --align-epochs 2 --align-samples 40"
-    argv = f"{common} {flag} --out {tmp_path / 'run'}".split()
+    argv = f"--task {series} --epochs 4 --source-size 64 {flag} --out {tmp_path / 'run'}".split()
     pare.main(pare.parse_args(argv))
     rows, plain = (
         [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         for place in (tmp_path / "run", out)
     )
-    tuned = [row for row in rows if row["stage"] == "finetune"]
-    losses = [[row["train_loss"] for row in found] for found in (tuned, plain)]
+    losses = [[row["train_loss"] for row in found] for found in (rows, plain)]
     assert losses[0] != losses[1]
-    k = [row["k"] for row in tuned]
     if flag == "--k-end 3":
-        assert k == [16, 12, 7, 3]
-    if flag == "--k-by step":  # the k of the last step of each epoch
-        assert k[-1] == 0 and 11 <= k[0] < 16
-    if flag == "--align mmd":
-        assert [row["stage"] for row in rows] == ["align"] * 2 + ["finetune"] * 4
-        assert rows[1]["distance"] < rows[0]["distance"]
+        assert [row["k"] for row in rows] == [16, 12, 7, 3]
 
 
 def test_k_end_beyond_k0_is_refused(series, tmp_path):
     cfg = pare.Config(task=str(series), k0=4, k_end=5, out=str(tmp_path / "no"))
     with pytest.raises(ValueError, match="--k-end 5 exceeds k0 = 4; choose 0..4"):
         pare.main(cfg)
-
-
-def test_alignment_before_replacement_takes_dense_targets_too(tmp_path):
-    """h^s then learns masks of the source, and OTDD sees its classes."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(48, 1, 16, 16)).astype(np.float32)
-    np.savez(tmp_path / "d.npz", x_train=x, y_train=2 * x, x_test=x[:9], y_test=2 * x[:9])
-    flags = f"--task {tmp_path / 'd.npz'} --align otdd --align-epochs 3 --epochs 2"
-    flags += f" --source-size 60 --align-samples 40 --out {tmp_path / 'run'}"
-    result = pare.main(pare.parse_args(flags.split()))
-    assert result["align"] == "otdd" and np.isfinite(result["test_error"])
 
 
 def test_the_last_batch_is_mixed_as_well(series, tmp_path, monkeypatch):

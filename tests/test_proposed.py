@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import contrast
 import orca
 import proposed
 import run as plumbing
@@ -60,13 +61,31 @@ def stages(maps, B=32, seed=0):
     return [2 + 3 * torch.randn(B, *grid, D, generator=make) for grid, D in maps]
 
 
+class Ready(torch.nn.Module):
+    """A model whose g(f(x)) for x = 0, 1, ... are the features given."""
+
+    def __init__(self, features, h_t):
+        super().__init__()
+        self.given, self.h_t = features, h_t
+
+    def features(self, x):
+        return self.h_t.features([z[x[:, 0].long()] for z in self.given])
+
+
+def measured(h_t, given):
+    """d of the features given, whose scale h_t takes over: stage 1."""
+    rows = torch.arange(len(given[0]))
+    task = type("task", (), {"train": [(row[None].float(), 0) for row in rows]})
+    return proposed.features(Ready(given, h_t), task, rows.tolist())
+
+
 @pytest.mark.parametrize(("maps", "out_shape"), SHAPES)
 def test_predictor_standardises_and_maps_features_to_outputs(maps, out_shape):
     h_t, features = proposed.Predictor(maps, out_shape), stages(maps)
     d = h_t.features(features)
     M = sum(math.prod(grid) * D for grid, D in maps) if len(out_shape) > 1 else maps[-1][1]
     assert d.shape == (32, M)
-    d = h_t.measure(d)
+    d = measured(h_t, features)
     torch.testing.assert_close(h_t.features(features), d)  # from now on
     for z in h_t.split(d):
         flat = z.flatten(0, 1)
@@ -83,7 +102,7 @@ def test_a_channel_that_is_constant_is_left_at_0():
     h_t = proposed.Predictor(MAPS_1D, (3,))
     features = stages(MAPS_1D)
     features[-1][..., 2] = 5.0
-    d = h_t.measure(h_t.features(features))
+    d = measured(h_t, features)
     assert d.isfinite().all() and (d[:, 2] == 0).all()
 
 
@@ -92,11 +111,11 @@ def test_a_channel_that_is_constant_is_left_at_0():
 def test_what_is_contrasted_has_length_1_and_a_gradient(maps, out_shape, at):
     torch.manual_seed(0)
     h_t = proposed.Predictor(maps, out_shape)
-    d = h_t.measure(h_t.features(stages(maps)))
+    d = measured(h_t, stages(maps))
     head = proposed.Contrast(h_t, proposed.Config(contrast_at=at), "classes")
     z, y = head(d), torch.arange(32) % 3
     torch.testing.assert_close(z.norm(dim=1), torch.ones(32))
-    loss, _ = proposed.contrastive_loss(z, y, torch.ones(32, 32), torch.ones(32), 0.2)
+    loss, _ = contrast.inner(z, y, torch.ones(32, 32), torch.ones(32), 0.2)
     loss.backward()
     assert all(w.grad is not None for w in head.trained())
     learns = any(w.grad is not None for w in h_t.last.parameters())
@@ -142,7 +161,7 @@ def changed(model, before):
     return {n for n, w in model.state_dict().items() if not torch.equal(w, before[n])}
 
 
-SMALL = {"contrast_epochs": 2, "contrast_steps_per_epoch": 3, "contrast_batch": 48}
+SMALL = {"contrast_epochs": 2, "contrast_steps_per_epoch": 3}
 
 
 @pytest.mark.parametrize("at", ["hidden", "output"])
@@ -152,7 +171,7 @@ def test_stage_2_trains_h_alone_on_one_pass_of_the_body(kind, at, tmp_path):
     before, passes, seen = state(model), [], model.g.forward
     model.g.forward = lambda z: passes.append(len(z)) or seen(z)
     record = plumbing.Record(None)
-    proposed.contrast(model, task, *proposed.labelled(model, task, cfg), cfg, record)
+    proposed.train_predictor(model, task, *proposed.labelled(model, task, cfg), cfg, record)
     assert sum(passes) == len(task.train)  # features are made once
     parts = {name.rsplit(".", 1)[0].split(".0")[0] for name in changed(model, before)}
     assert all(name.startswith(("h_t.inner", "h_t.last", "h_t")) for name in parts)
@@ -163,59 +182,62 @@ def test_stage_2_trains_h_alone_on_one_pass_of_the_body(kind, at, tmp_path):
 
 
 def test_stage_2_separates_classes(tmp_path):
-    cfg, task, model = built(
-        data_of("classes", tmp_path),
-        contrast_epochs=6,
-        **{key: value for key, value in SMALL.items() if key != "contrast_epochs"},
-    )
+    given = {**SMALL, "contrast_epochs": 6}
+    cfg, task, model = built(data_of("classes", tmp_path), **given)
     record = plumbing.Record(None)
-    proposed.contrast(model, task, *proposed.labelled(model, task, cfg), cfg, record)
+    proposed.train_predictor(model, task, *proposed.labelled(model, task, cfg), cfg, record)
     assert record.rows[-1]["contrast"] < 0.8 * record.rows[0]["contrast"]
     assert record.rows[-1]["separability"] > record.rows[0]["separability"]
 
 
-@pytest.mark.parametrize("encoder", ["task", "frozen"])
 @pytest.mark.parametrize("kind", ["classes", "image classes"])
 @pytest.mark.parametrize("what", proposed.FINETUNE)
-def test_N6_frozen_weights_stay_bit_for_bit(what, kind, encoder, tmp_path):
-    given = {"contrast": "none", "encoder": encoder, "finetune": what, "epochs": 1}
+def test_N6_frozen_weights_stay_bit_for_bit(what, kind, tmp_path):
+    given = {"contrast": "none", "finetune": what, "epochs": 1}
     cfg, task, model = built(data_of(kind, tmp_path), **given)
     rows, y = proposed.labelled(model, task, cfg)
-    proposed.contrast(model, task, rows, y, cfg, plumbing.Record(None))
+    proposed.train_predictor(model, task, rows, y, cfg, plumbing.Record(None))
     before = state(model)
     proposed.finetune(model, task, cfg, plumbing.Record(None))
     moved = changed(model, before)
     parts = {"embedder": {"f_t", "g", "h_t"}, "frozen-embedder": {"g", "h_t"}}
     parts["projection"] = {"f_t", "h_t"}
     assert {name.split(".")[0] for name in moved} == parts[what]
-    linear = "f_t.linear" if encoder == "frozen" else "f_t.conv"
     own = {name for name in moved if name.startswith("f_t")}
-    if encoder == "frozen" or what == "projection":
-        assert own <= {f"{linear}.weight", f"{linear}.bias"}
-    assert (f"{linear}.weight" in own) == (what != "frozen-embedder")
+    if what == "projection":
+        assert own <= {"f_t.conv.weight", "f_t.conv.bias"}
+    assert ("f_t.conv.weight" in own) == (what != "frozen-embedder")
 
 
-@pytest.mark.parametrize("preserve", ["", "margin", "jacobian", "none"])
+@pytest.mark.parametrize("preserve", ["", *proposed.PRESERVE])
 @pytest.mark.parametrize("kind", ["classes", "vector"])
 def test_N5_which_P_is_taken(kind, preserve, tmp_path):
     cfg, task, model = built(data_of(kind, tmp_path), preserve=preserve, **SMALL)
     rows, y = proposed.labelled(model, task, cfg)
     d = proposed.features(model, task, rows)
     head = proposed.Contrast(model.h_t, cfg, task.kind)
-    data, centres = proposed.Augmented(d, [0.3], 1, rng()), head.centres(d, y)
-    noisy, a, s = data.draw(torch.arange(len(d)))
-    P = head.kept(d, noisy, y, a, s, centres)
+    a, s = contrast.noise_levels([0.3], 1)
+    level, centres = torch.arange(len(d)) % 2, head.centres(d, y)
+    a, s = a[level], s[level]
+    noisy = contrast.perturb(d, a, s, rng())
+    P = head.preserved(d, noisy, y, a, s, centres)
     scores = lambda d: head(d) @ centres.T  # noqa: E731
+    C = contrast.margin(scores(d), y).detach()
     want = {
-        "none": torch.ones_like(s),
-        "margin": proposed.kept_by_margin(scores, d, y, a, s),
-        "jacobian": proposed.kept_by_jacobian(scores, d, noisy, proposed.margin(scores(d), y)),
+        "none": lambda: torch.ones_like(s),
+        "margin": lambda: contrast.preserved_by_margin(scores, d, y, a, s),
+        "jacobian": lambda: contrast.preserved_by_jacobian(scores, d, noisy, C),
+        "slope": lambda: contrast.preserved_by_slope(scores, d, noisy, C),
     }
     if kind == "vector":  # no labels to keep: a tolerance
-        want["jacobian"] = proposed.kept_by_jacobian(head, d, noisy, 0.5, soft=True)
+        C = proposed.TOLERANCE
+        want["jacobian"] = lambda: contrast.preserved_by_jacobian(head, d, noisy, C, soft=True)
+        want["slope"] = lambda: contrast.preserved_by_slope(head, d, noisy, C)
     want[""] = want["jacobian" if kind == "vector" else "margin"]
-    torch.testing.assert_close(P, want[preserve].detach())
-    assert (P[s == 0] == 1).all() and 0 <= P.min() and P.max() <= 1
+    torch.testing.assert_close(P, want[preserve]())
+    assert 0 <= P.min() and P.max() <= 1
+    if preserve == "none" or kind == "vector":
+        assert (P[s == 0] == 1).all()
 
 
 def test_one_cluster_or_class_cannot_be_contrasted(tmp_path):
@@ -237,71 +259,40 @@ def test_a_single_output_has_no_direction(tmp_path):
         proposed.labelled(model, task, cfg)
     cfg, task, model = built(tmp_path / "d.npz", **SMALL)
     record = plumbing.Record(None)
-    proposed.contrast(model, task, *proposed.labelled(model, task, cfg), cfg, record)
+    proposed.train_predictor(model, task, *proposed.labelled(model, task, cfg), cfg, record)
     assert record.rows[-1]["contrast"] < record.rows[0]["contrast"]
 
 
-def test_features_that_memory_has_no_room_for(tmp_path, monkeypatch):
-    """Fewer samples are kept, and --materialise, which promises all, refuses."""
-    path = data_of("field", tmp_path)
-    cfg, task, model = built(path, materialise=True)
+def test_features_that_memory_has_no_room_for_are_fewer_and_it_is_said(
+    tmp_path, monkeypatch, capsys
+):
+    cfg, task, model = built(data_of("field", tmp_path))
     M = sum(N * D for N, D in model.h_t.tokens)
     assert len(proposed.labelled(model, task, cfg)[0]) == len(task.train) == 54
+    assert capsys.readouterr().out == ""
     monkeypatch.setattr(proposed, "CACHE", 20 * M)
-    with pytest.raises(ValueError, match="no room for 13 versions of 54 samples; leave it out"):
-        proposed.labelled(model, task, cfg)
-    cfg, task, model = built(path)
     rows, y = proposed.labelled(model, task, cfg)
     assert len(rows) == len(y) == len(set(rows)) == 20
-
-
-# ---- the frozen encoder ----
-
-
-def test_frozen_encoder_of_images_starts_as_the_body_s_own(tmp_path):
-    cfg, task, model = built(data_of("image classes", tmp_path), encoder="frozen")
-    own, x = model.f_t.own, torch.randn(4, 1, 16, 16)
-    torch.testing.assert_close(model.f_t(x), own((x - model.f_t.mean) / model.f_t.std))
-    assert not any(w.requires_grad for w in own.parameters())
-
-
-def test_frozen_encoder_of_series_reads_numbers_as_words(tmp_path):
-    cfg, task, model = built(data_of("classes", tmp_path), encoder="frozen")
-    f_t = model.f_t
-    f_t.mean, f_t.std = torch.zeros(1, 1), torch.ones(1, 1)
-    with torch.no_grad():
-        f_t.linear.weight.zero_()
-        f_t.linear.weight[:8, :8] = torch.eye(8)  # the word of the first value of each patch
-        f_t.linear.bias.zero_()
-    seen, norm = [], f_t.own.norm.forward
-    f_t.own.norm.forward = lambda z: seen.append(z) or norm(z)
-    for value, word in ((-4.0, 0), (-9.0, 0), (4.0, 80), (0.1, 41), (-0.1, 39)):
-        f_t(torch.full((1, 1, 40), value))
-        torch.testing.assert_close(seen[-1][0, 0, :8], f_t.words[word], atol=1e-4, rtol=1e-4)
-    f_t(torch.full((1, 1, 40), 0.15))  # halfway between two words
-    torch.testing.assert_close(
-        seen[-1][0, 0, :8], (f_t.words[41] + f_t.words[42]) / 2, atol=1e-4, rtol=1e-4
-    )
-    assert len(f_t.words.unique(dim=0)) > 70  # numbers are told apart
+    assert "stages 1 and 2 use 20 of the 54 training samples" in capsys.readouterr().out
 
 
 # ---- whole runs ----
 
 
-KEYS = "method task data body source align seed metric test_error val_error test_error_normal "
-KEYS += "test_error_perturbed std_perturbed epochs train_size time_s params_m device precision"
+KEYS = "method task data body source seed metric test_error val_error test_error_normal "
+KEYS += "test_error_perturbed std_perturbed epochs train_size spikes time_s params_m device "
+KEYS += "precision"
 
 
-@pytest.mark.parametrize("encoder", ["task", "frozen"])
 @pytest.mark.parametrize("kind", ["classes", "labels", "vector", "field", "image classes", "image"])
-def test_a_run_on_every_kind_of_task(kind, encoder, tmp_path):
-    given = {"task": str(data_of(kind, tmp_path)), "epochs": 2, "draws": 3, "encoder": encoder}
-    prediction = "perturbed" if encoder == "frozen" else "normal"
+def test_a_run_on_every_kind_of_task(kind, tmp_path):
+    given = {"task": str(data_of(kind, tmp_path)), "epochs": 2, "draws": 3}
+    prediction = "perturbed" if kind in ("classes", "image") else "normal"
     cfg = proposed.configure(**given, **SMALL, prediction=prediction, out=str(tmp_path / "run"))
     result = proposed.main(cfg)
     assert list(result) == KEYS.split()
     assert result["test_error"] == result[f"test_error_{prediction}"]
-    assert result["std_perturbed"] > 0 and np.isfinite(list(result.values())[8:13]).all()
+    assert result["std_perturbed"] > 0 and np.isfinite(list(result.values())[7:12]).all()
     rows = [json.loads(r) for r in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == ["contrast"] * 2 + ["finetune"] * 2
     model, task = proposed.load(tmp_path / "run"), tasks.load_task(given["task"])
@@ -338,20 +329,18 @@ def test_a_run_learns_and_the_same_seed_gives_the_same(whole, tmp_path):
 
 
 FLAGS = ["--contrast none", "--contrast outer", "--contrast literal", "--contrast-at output"]
-FLAGS += ["--contrast-epochs 1", "--contrast-steps-per-epoch 2", "--contrast-batch 40"]
-FLAGS += ["--contrast-lr 1e-2", "--tau 0.5", "--lambda-eps 0.1", "--preserve jacobian"]
-FLAGS += ["--preserve none", "--sigmas 0.3", "--noise-steps 2", "--materialise"]
-FLAGS += ["--finetune projection", "--finetune frozen-embedder", "--encoder frozen"]
-FLAGS += ["--align mmd"]
+FLAGS += ["--contrast-epochs 1", "--contrast-steps-per-epoch 2", "--contrast-lr 1e-2"]
+FLAGS += ["--tau 0.5", "--lambda-eps 0.1", "--preserve jacobian", "--preserve slope"]
+FLAGS += ["--preserve none", "--sigmas 0.3", "--noise-steps 2"]
+FLAGS += ["--finetune projection", "--finetune frozen-embedder"]
 
 
 @pytest.mark.filterwarnings("ignore:--contrast literal")
 @pytest.mark.parametrize("flag", FLAGS)
 def test_every_flag_changes_the_run(flag, whole, series, tmp_path):
     cfg, plain, out = whole
-    argv = f"--task {series} --epochs 1 --draws 4 --contrast-epochs 2 --contrast-batch 48"
-    argv += " --contrast-steps-per-epoch 3 --align-epochs 1 --align-samples 40 --source-size 64"
-    argv += f" {flag} --out {tmp_path / 'run'}"
+    argv = f"--task {series} --epochs 1 --schedule-epochs 3 --draws 4 --contrast-epochs 2"
+    argv += f" --contrast-steps-per-epoch 3 {flag} --out {tmp_path / 'run'}"
     proposed.main(proposed.parse_args(argv.split()))
     losses = [
         next(json.loads(row) for row in lines if '"finetune"' in row)["train_loss"]
@@ -362,20 +351,13 @@ def test_every_flag_changes_the_run(flag, whole, series, tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_tolerance_and_the_number_of_draws_act(tmp_path):
+def test_the_number_of_draws_acts_on_the_perturbed_prediction_alone(tmp_path):
     path, found = data_of("vector", tmp_path), []
-    for i, given in enumerate(({}, {"tolerance": 0.05}, {"draws": 9})):
-        given = {"task": str(path), "epochs": 1, "draws": 3, **SMALL, **given}
-        found.append(proposed.main(proposed.configure(**given, out=str(tmp_path / f"run{i}"))))
-    kept = [
-        json.loads((tmp_path / f"run{i}" / "metrics.jsonl").read_text().splitlines()[0])[
-            "preserved"
-        ]
-        for i in range(3)
-    ]
-    assert kept[1] < kept[0] == kept[2]
-    assert found[0]["test_error_normal"] == found[2]["test_error_normal"]
-    assert found[0]["test_error_perturbed"] != found[2]["test_error_perturbed"]
+    for draws in (12, 24):  # of 12 levels
+        given = {"task": str(path), "epochs": 1, "draws": draws, "out": str(tmp_path / str(draws))}
+        found.append(proposed.main(proposed.configure(**given, **SMALL)))
+    assert found[0]["test_error_normal"] == found[1]["test_error_normal"]
+    assert found[0]["test_error_perturbed"] != found[1]["test_error_perturbed"]
 
 
 def test_literal_form_warns_when_it_was_undefined(series, tmp_path):
@@ -410,10 +392,10 @@ def test_a_batch_of_512_contrasts_takes_less_than_30_ms():
     h_t = proposed.Predictor([((32,), 128)], (24,))
     head = proposed.Contrast(h_t, proposed.Config(), "classes")
     d, y, times = torch.randn(512, 128), torch.arange(512) % 24, []
-    lam = proposed.label_weights(F.normalize(d), y, 1.0)
+    lam = contrast.label_weights(F.normalize(d), y, 1.0)
     for _ in range(30):
         start = time.process_time()
-        loss, _ = proposed.contrastive_loss(head(d), y, lam, torch.ones(512), 0.2)
+        loss, _ = contrast.inner(head(d), y, lam, torch.ones(512), 0.2)
         loss.backward()
         times.append(time.process_time() - start)
     assert sorted(times)[15] < 0.06

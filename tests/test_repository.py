@@ -2,11 +2,18 @@
 
 import ast
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+import pare
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELLED = {"otdd": "D", "mmd": "M", "orca": "O", "pare": "P", "contrast": "N", "proposed": "N"}
@@ -46,10 +53,112 @@ def test_nothing_from_outside_is_executed_and_no_device_is_assumed():
 
 
 def test_sizes_that_keep_a_file_readable():
-    limits = dict.fromkeys(("orca", "pare", "proposed"), 700)
-    limits |= {"run": 800, "otdd": 320, "contrast": 240, "mmd": 120}
+    limits = {"orca": 510, "pare": 550, "proposed": 700, "run": 460, "record": 520}
+    limits |= {"otdd": 320, "contrast": 250, "mmd": 140}
     for name, most in limits.items():
         assert len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= most, name
+
+
+def functions(file):
+    """(lines, name) of every function of a file, those of classes and of functions included."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.end_lineno - node.lineno + 1, f"{file.relative_to(ROOT)}: {node.name}"
+
+
+def test_no_function_has_more_than_60_lines():
+    code = [file for file in PYTHON if file.parent == ROOT or file.parent.name in OURS]
+    assert len(code) > 25
+    assert [found for file in code for found in functions(file) if found[0] > 60] == []
+
+
+# ---- what imports what, and what can be copied ----
+
+OURS = {file.stem for file in ROOT.glob("*.py")} | {"tasks", "bodies"}
+MAY = {name: {"run", "tasks", "bodies"} for name in ("orca", "pare", "proposed")}
+MAY["orca"] = MAY["orca"] | {"otdd", "mmd"}
+MAY["proposed"] = MAY["proposed"] | {"contrast"}
+MAY |= {"otdd": set(), "mmd": set(), "contrast": set()}
+MAY |= {"run": {"record", "tasks"}, "record": set(), "tasks": {"tasks"}}
+MAY["bodies"] = {"bodies", "tasks"}  # of which it takes the downloads, and texts to learn from
+
+
+def imported(source: str) -> set[str]:
+    """Names of the modules of this project that a source imports, inside functions as well."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module.split(".")[0]} if not node.level else {"."}
+    return found & (OURS | {"."})
+
+
+@pytest.mark.parametrize("name", list(MAY))
+def test_modules_import_only_what_they_may(name):
+    """No method imports another, and nobody imports a method."""
+    assert set(MAY) == OURS
+    files = sorted((ROOT / name).rglob("*.py")) if name in ("tasks", "bodies") else []
+    for file in files or [ROOT / f"{name}.py"]:
+        assert imported(file.read_text(encoding="utf-8")) <= MAY[name], file
+
+
+def test_the_check_of_imports_sees_them():
+    source = "import torch\nfrom tasks import own\ndef f():\n    import orca.parts as o\n"
+    assert imported(source) == {"tasks", "orca"} and imported("from . import x") == {"."}
+
+
+def elsewhere(folder, *argv):
+    """Run python in a folder, with nothing of this project but what is there."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, *argv], cwd=folder, env=env, capture_output=True, text=True
+    )
+
+
+def test_pare_runs_where_only_what_it_imports_is(tmp_path):
+    for name in ("pare.py", "run.py", "record.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("bodies", "tasks"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    argv = "pare.py --task satellite --train-size 64 --epochs 1 --source-size 64 --device cpu"
+    done = elsewhere(tmp_path, *argv.split())
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "pare-satellite-0" / "result.json").is_file()
+
+
+def test_the_mathematics_needs_nothing_of_ours(tmp_path):
+    for name in ("otdd.py", "mmd.py", "contrast.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = """
+import torch
+import contrast, mmd, otdd
+x, y = torch.randn(12, 3), torch.arange(12) % 2
+print(float(otdd.otdd(x, y, x + 1, y)) > 0, float(mmd.mmd2(x, x + 1)) > 0)
+print(float(contrast.inner(x, y, torch.ones(12, 12), torch.ones(12), 0.2)[0]) > 0)
+"""
+    done = elsewhere(tmp_path, "-c", code)
+    assert (done.stdout, done.stderr) == ("True True\nTrue\n", "")
+
+
+def test_gate_and_replacement_can_be_copied_by_themselves():
+    """The text of these blocks of pare.py, and torch, is all that they need."""
+    source = (ROOT / "pare.py").read_text(encoding="utf-8")
+    names = ("Gate", "straight_through", "sampled", "replace_patches")
+    blocks = [node for node in ast.parse(source).body if getattr(node, "name", "") in names]
+    copied = {"torch": torch, "Tensor": torch.Tensor, "nn": nn}
+    for block in blocks:
+        exec(ast.get_source_segment(source, block), copied)  # noqa: S102
+    z_t, z_s = torch.randn(3, 7, 5), torch.randn(3, 9, 5)
+    for kind in pare.GATES:
+        for select in ("top", "gumbel"):
+            torch.manual_seed(0)
+            gate = copied["Gate"](5, kind)
+            mine = copied["replace_patches"](z_t, z_s, gate(z_t), gate(z_s, True), 4, select)
+            torch.manual_seed(0)
+            gate = pare.Gate(5, kind)
+            theirs = pare.replace_patches(z_t, z_s, gate(z_t), gate(z_s, True), 4, select)
+            assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -20,18 +20,31 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import contrast
 import orca
+import record
 import run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [name for name in ("orca", "pare", "proposed") if (ROOT / f"{name}.py").exists()]
-SHORT = {"epochs": 3, "source_size": 64, "align_epochs": 2, "align_samples": 40, "batch_size": 24}
+BOTH = {"epochs": 3, "batch_size": 24}
+SHORT = {
+    "orca": BOTH | {"source_size": 64, "align": "mmd", "align_epochs": 2, "align_samples": 40},
+    "pare": BOTH | {"source_size": 64},
+    "proposed": BOTH | {"contrast_epochs": 2, "contrast_steps_per_epoch": 4, "draws": 12},
+}
+SAVES = {"orca": 5, "pare": 3, "proposed": 5}  # of last.pt before the last one
 
 
 def config(script, series, out, **more):
     return importlib.import_module(script).configure(
-        task=str(series), out=str(out), **{**SHORT, **more}
+        task=str(series), out=str(out), **{**SHORT[script], **more}
     )
+
+
+def flags(script, series, out):
+    argv = [x for k, v in SHORT[script].items() for x in ("--" + k.replace("_", "-"), str(v))]
+    return [*argv, "--task", str(series), "--out", str(out)]
 
 
 def main(script, cfg):
@@ -53,8 +66,7 @@ def unbroken(series, tmp_path_factory):
     found = {}
     for script in SCRIPTS:
         out = tmp_path_factory.mktemp(script) / "run"
-        more = {"align": "mmd"}
-        main(script, config(script, series, out, **more))
+        main(script, config(script, series, out))
         found[script] = out
     return found
 
@@ -76,13 +88,15 @@ def broken_at(monkeypatch, call):
     monkeypatch.setattr(run.Record, "save", saves)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("call", [1, 2, 3, 4, 5])
+BREAKS = [(script, call + 1) for script in SCRIPTS for call in range(SAVES[script])]
+
+
+@pytest.mark.parametrize(("script", "call"), BREAKS)
 def test_a_run_broken_after_any_save_goes_on_to_the_same_end(
     script, call, unbroken, series, tmp_path, monkeypatch
 ):
     out = tmp_path / "run"
-    cfg = config(script, series, out, align="mmd")
+    cfg = config(script, series, out)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         broken_at(patch, call)
         main(script, cfg)
@@ -91,34 +105,43 @@ def test_a_run_broken_after_any_save_goes_on_to_the_same_end(
     assert outcome(out) == outcome(unbroken[script])
 
 
-PLACES = {"align": "separability", "train": "update", "validate": "evaluate", "test": "evaluate"}
-STOPS = [(script, place) for place in PLACES for script in SCRIPTS] + [("proposed", "contrast")]
+# place: the module and the function that a script asks for there, and at which call it is stopped
+PLACES = {
+    "align": (orca, "separability", 2),
+    "contrast": (contrast, "label_weights", 3),
+    "train": (run, "sum_gradients", 6),
+    "val": (None, "evaluate", 2),
+    "test": (None, "evaluate", 1),
+}
+STOPS = [
+    (script, place, signal.SIGTERM) for script in SCRIPTS for place in ("train", "val", "test")
+]
+STOPS += [("orca", "align", signal.SIGTERM), ("proposed", "contrast", signal.SIGTERM)]
+STOPS += [("pare", "train", signal.SIGINT)]  # which one it is makes no difference but to the code
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("script", "place"), STOPS)
+@pytest.mark.parametrize(("script", "place", "signum"), STOPS)
 def test_a_signal_stops_the_run_where_it_can_go_on_to_the_same_end(
     script, signum, place, unbroken, series, tmp_path, monkeypatch, capsys
 ):
     out, module = tmp_path / "run", importlib.import_module(script)
-    name = PLACES.get(place, "label_weights")  # which stage "contrast" asks for at every step
-    holder = next(m for m in (run, module, orca) if hasattr(m, name))  # who is asked for it
-    function, calls = getattr(holder, name), [0]
+    holder, name, at = PLACES[place]
+    holder, calls = holder or module, [0]
+    function = getattr(holder, name)
 
     def interrupted(*args):
-        calls[0] += place not in ("validate", "test") or args[1] == place.replace("validate", "val")
-        if calls[0] == {"align": 2, "contrast": 3, "train": 6, "validate": 2, "test": 1}[place]:
+        calls[0] += name != "evaluate" or args[1] == place
+        if calls[0] == at:
             calls[0] += 1  # once only
             os.kill(os.getpid(), signum)
         return function(*args)
 
-    argv = [x for k, v in SHORT.items() for x in ("--" + k.replace("_", "-"), str(v))]
-    argv += ["--task", str(series), "--align", "mmd", "--out", str(out)]
+    argv = flags(script, series, out)
     with monkeypatch.context() as patch:
         patch.setattr(holder, name, interrupted)
         assert module.cli(argv) == 128 + signum
-    assert "interrupted; --resume goes on" in capsys.readouterr().err
-    state = run._read_state(out / "last.pt", {})
+    assert "interrupted; continue with --resume" in capsys.readouterr().err
+    state = record.read_state(out / "last.pt", {})
     if place != "test":
         assert state["stage"] == (place if place in ("align", "contrast") else "finetune")
     assert (state["batch"] > 0) == (place == "train") and not (out / "result.json").exists()
@@ -126,10 +149,71 @@ def test_a_signal_stops_the_run_where_it_can_go_on_to_the_same_end(
     assert outcome(out) == outcome(unbroken[script])
 
 
+@pytest.mark.parametrize("every", [2, 5])
+def test_a_run_that_saves_seldom_goes_on_to_the_same_end(
+    every, unbroken, series, tmp_path, monkeypatch
+):
+    """Epoch 1 is lost with save_every 2, so is the second with 5; the last one is always saved."""
+    out, log, epochs = tmp_path / "run", run.Record.log, []
+    cfg = config("pare", series, out, save_every=every)
+
+    def killed(self, *args, **values):
+        log(self, *args, **values)
+        epochs.append(self.epoch + 1)
+        if len(epochs) == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run.Record, "log", killed)
+        main("pare", cfg)
+    state = record.read_state(out / "last.pt", {})
+    assert state["epoch"] == (2 if every == 2 else 0) and epochs == [1, 2, 3]
+    main("pare", replace(cfg, resume=True, save_every=1))  # how often is no part of the run
+    assert outcome(out) == outcome(unbroken["pare"])
+    state = record.read_state(out / "last.pt", {})
+    assert state["epoch"] == 3
+
+
+KILLED_IN_STAGE_2 = """
+import os, signal, sys
+import orca, record
+save = record.Record.save
+def saves(self, *args, **kwargs):
+    save(self, *args, **kwargs)
+    if (self.stage, self.epoch) == ("align", 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv.pop(1) == "killed":
+    record.Record.save = saves
+sys.exit(orca.cli(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_orca_with_two_threads_killed_in_stage_2_ends_the_same(tmp_path):
+    """Two threads add up numbers in an order of their own, of which a resume must know nothing."""
+    argv = "--task satellite --train-size 256 --epochs 2 --align-epochs 5 --source-size 500"
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+
+    def start(how, name, *more):
+        command = [sys.executable, "-c", KILLED_IN_STAGE_2, how, *argv.split(), *more]
+        out = ["--out", str(tmp_path / name), "--device", "cpu"]
+        return subprocess.run([*command, *out], env=env, capture_output=True, text=True)
+
+    assert start("whole", "whole").returncode == 0
+    assert start("killed", "run").returncode == -signal.SIGKILL
+    state = record.read_state(tmp_path / "run" / "last.pt", {})
+    assert (state["stage"], state["epoch"]) == ("align", 3)
+    done = start("resumed", "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    whole, resumed = outcome(tmp_path / "whole"), outcome(tmp_path / "run")
+    assert resumed[1] == whole[1]  # first, since it says more when it fails
+    assert resumed == whole
+
+
 def test_resuming_a_finished_run_changes_nothing(unbroken, series, capsys):
     out = unbroken["orca"]
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    result = main("orca", config("orca", series, out, align="mmd", resume=True))
+    result = main("orca", config("orca", series, out, resume=True))
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
     assert result == json.loads((out / "result.json").read_text())
     assert capsys.readouterr().out.startswith("result {")
@@ -150,13 +234,13 @@ OTHERS = {
 
 @pytest.mark.parametrize("message", list(OTHERS))
 def test_a_run_of_other_settings_is_refused(message, unbroken, series):
-    cfg = config("orca", series, unbroken["orca"], **{"align": "mmd", **OTHERS[message]})
+    cfg = config("orca", series, unbroken["orca"], **OTHERS[message])
     with pytest.raises(ValueError, match=message):
         main("orca", replace(cfg, resume=True))
 
 
 def test_a_run_of_another_method_is_refused(unbroken, series):
-    cfg = config("pare", series, unbroken["orca"], align="mmd", resume=True)
+    cfg = config("pare", series, unbroken["orca"], resume=True)
     with pytest.raises(ValueError, match="method was orca, not pare"):
         main("pare", cfg)
 
@@ -176,7 +260,7 @@ def evil(kind):
         pickle.dump({"identity": Evil()}, buffer)
     else:
         torch.save({"identity": Evil()}, buffer)
-    return run.sealed(buffer.getvalue())
+    return record.sealed(buffer.getvalue())
 
 
 def damaged(content: bytes) -> list[tuple[str, bytes]]:
@@ -188,7 +272,7 @@ def damaged(content: bytes) -> list[tuple[str, bytes]]:
         flipped = content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :]
         found.append((f"flip {i}", flipped))
     found += [(f"evil {kind}", evil(kind)) for kind in ("pickle", "torch")]
-    return [*found, ("no archive", run.sealed(b"{}"))]
+    return [*found, ("no archive", record.sealed(b"{}"))]
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -203,7 +287,7 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(
     for name, bad in damaged(content):
         (out / "last.pt").write_bytes(b"".join(bad) if isinstance(bad, tuple) else bad)
         with pytest.raises(ValueError, match="last.pt is (damaged|no state of a run)") as error:
-            run._read_state(out / "last.pt", {"method": "orca"})
+            record.read_state(out / "last.pt", {"method": "orca"})
         assert "\n" not in str(error.value), name
         seen += 1
     record_property("cases", seen + 1)  # and one that is missing
@@ -232,17 +316,18 @@ def test_a_fault_while_saving_leaves_the_old_checkpoint(
             raise error
         return replaced(source, target)
 
-    argv = [x for k, v in SHORT.items() for x in ("--" + k.replace("_", "-"), str(v))]
-    argv += ["--task", str(series), "--align", "mmd", "--out", str(out)]
+    argv = flags(script, series, out)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", faulty)
         if isinstance(error, OSError):
             assert module.cli(argv) == 1
-            assert "No space left" in capsys.readouterr().err
+            said = capsys.readouterr().err
+            assert "No space left" in said and str(out / "last.pt") in said
+            assert said.count("\n") == 1 and not list(out.glob("*.tmp"))
         else:
             with pytest.raises(Killed):
                 module.cli(argv)
-    state = run._read_state(out / "last.pt", {})
+    state = record.read_state(out / "last.pt", {})
     done = len(state["rows"])
     assert done == call - 2  # the first save is before any epoch
     assert module.cli([*argv, "--resume"]) == 0
@@ -267,11 +352,33 @@ def test_write_atomically_is_all_or_nothing(what, tmp_path, monkeypatch):
     assert path.read_bytes() == b"newer" and len(list(tmp_path.iterdir())) == 1
 
 
+FULL = """
+import resource, sys
+import orca
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+sys.exit(orca.cli(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("most", "name"), [(2**10, "last.pt"), (2**20, "model.safetensors")])
+def test_a_file_for_which_there_is_no_room_is_named(most, name, series, tmp_path):
+    """Of a file system whose files end at so many bytes, which is as good as a full one."""
+    out = tmp_path / "run"
+    argv = [str(most), *flags("orca", series, out), "--align", "none", "--epochs", "0"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FULL, *argv]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("orca.py: error: ") and str(out / name) in done.stderr
+    assert not list(out.glob("*.tmp")) and not (out / "result.json").exists()
+
+
 def test_a_directory_in_use_is_refused(series, tmp_path):
     out = tmp_path / "run"
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); import run; from pathlib import Path\n"
-        "run._lock(Path(sys.argv[2])); print('held', flush=True); time.sleep(60)"
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; import record\n"
+        "record._lock(Path(sys.argv[2])); print('held', flush=True); time.sleep(60)"
     )
     out.mkdir()
     argv = [sys.executable, "-c", code, str(ROOT), str(out)]
@@ -287,29 +394,50 @@ def test_a_directory_in_use_is_refused(series, tmp_path):
 # ---- divergence ----
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_stops_the_run_and_changes_no_weight(where):
-    model = nn.Linear(2, 1)
-    before = model.weight.detach().clone()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    model.weight.grad = torch.full_like(model.weight, float("nan") if where == "gradient" else 1)
-    loss = float("inf") if where == "loss" else 1.0
-    words = f"the {'gradient norm' if where == 'gradient' else 'loss'} is (inf|nan) at step 0"
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named_with_its_step(name, value):
+    kept = run.Record(None)
+    for batch in range(5):
+        kept.batch += 1
+        numbers = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}
+        kept.step(0.5, **(numbers | ({name: torch.tensor(value)} if batch == 3 else {})))
+    words = f"the {name.replace('_', ' ')} is {value} in epoch 1, step 4, learning rate 0.5"
     with pytest.raises(FloatingPointError, match=words):
-        run.update(list(model.parameters()), optimizer, schedule, scaler, loss, 1.0)
-    assert torch.equal(model.weight, before)
+        kept.means()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("where", ["distance", "loss", "gradient norm"])
+def test_fp16_skips_a_step_whose_gradient_overflows_but_no_bad_loss():
+    for name in ("grad_norm", "loss"):
+        kept = run.Record(None)
+        kept.fp16, numbers = True, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}
+        kept.step(0.5, **(numbers | {name: torch.tensor(float("inf"))}))
+        if name == "grad_norm":
+            assert kept.means()["loss"] == 1
+        else:
+            with pytest.raises(FloatingPointError, match="the loss is inf"):
+                kept.means()
+
+
+def test_numbers_of_the_steps_are_averaged_over_the_epoch():
+    kept, most = run.Record(None), record.READ_EVERY
+    for batch in range(most + 3):  # more than are read at once
+        kept.step(0.1, loss=torch.tensor(float(batch)), grad_norm=torch.tensor(1.0))
+    assert kept.means() == {"loss": (most + 2) / 2, "grad_norm": 1.0}
+
+
+WHERE = [(script, where) for script in SCRIPTS for where in ("loss", "grad norm")]
+WHERE += [("orca", "distance"), ("proposed", "contrast")]
+
+
+@pytest.mark.parametrize(("script", "where"), WHERE)
 def test_a_run_that_diverges_stops_and_its_checkpoint_stays(
     script, where, series, tmp_path, monkeypatch, capsys
 ):
-    """The distance of the alignment, the loss or a gradient of fine-tuning is NaN, once."""
+    """A number of a step of stage 2, or the loss or a gradient of fine-tuning, is NaN, once."""
     out, module, calls, kept = tmp_path / "run", importlib.import_module(script), [0], []
-    update, distance_to = run.update, orca.distance_to
+    parts, sum_gradients, nan = run.parts, run.sum_gradients, float("nan")
+    distance_to, label_weights = orca.distance_to, contrast.label_weights
 
     def bad(call):
         calls[0] += 1
@@ -317,31 +445,38 @@ def test_a_run_that_diverges_stops_and_its_checkpoint_stays(
             kept.append((out / "last.pt").read_bytes())
         return calls[0] == call
 
-    def faulty_update(parameters, optimizer, schedule, scaler, loss, clip):
-        if bad(12):
-            if where == "loss":
-                loss = float("nan")
-            else:
-                next(p.grad for p in parameters if p.grad is not None).view(-1)[0] = float("nan")
-        return update(parameters, optimizer, schedule, scaler, loss, clip)
+    def faulty_parts(*args):
+        factor = nan if bad(6) else 1
+        for x, y, weight, portion in parts(*args):
+            yield x, y, weight * factor, portion
+
+    def faulty_gradients(parameters):
+        sum_gradients(parameters)
+        if bad(6):
+            next(p.grad for p in parameters if p.grad is not None).view(-1)[0] = nan
 
     def faulty_distance(*args):
         D = distance_to(*args)
-        return lambda *z: D(*z) * (float("nan") if bad(5) else 1)
+        return lambda *z: D(*z) * (nan if bad(5) else 1)
 
-    argv = [x for k, v in SHORT.items() for x in ("--" + k.replace("_", "-"), str(v))]
-    argv += ["--task", str(series), "--align", "mmd", "--out", str(out)]
-    if where == "distance":
+    def faulty_weights(*args):
+        return label_weights(*args) * (nan if bad(5) else 1)
+
+    if where == "loss":
+        monkeypatch.setattr(run, "parts", faulty_parts)
+    elif where == "grad norm":
+        monkeypatch.setattr(run, "sum_gradients", faulty_gradients)
+    elif where == "distance":
         monkeypatch.setattr(orca, "distance_to", faulty_distance)
     else:
-        monkeypatch.setattr(run, "update", faulty_update)
-    assert module.cli(argv) == 3
+        monkeypatch.setattr(contrast, "label_weights", faulty_weights)
+    assert module.cli(flags(script, series, out)) == 3
     said = capsys.readouterr().err
-    told = rf"error: diverged: the {where} is nan at step \d+, learning rate [\d.e-]+;"
+    told = rf"error: diverged: the {where} is nan in epoch 2, step \d+, learning rate [\d.e-]+;"
     assert re.search(told, said) and said.count("\n") == 1, said
     assert (out / "last.pt").read_bytes() == kept[0]
-    state = run._read_state(out / "last.pt", {})
-    assert state["stage"] == ("align" if where == "distance" else "finetune")
+    stage = {"distance": "align", "contrast": "contrast"}.get(where, "finetune")
+    assert record.read_state(out / "last.pt", {})["stage"] == stage
 
 
 def test_nan_is_never_the_best(tmp_path):
@@ -354,8 +489,8 @@ def test_nan_is_never_the_best(tmp_path):
 # ---- several processes ----
 
 
-def torchrun(n, script, argv):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+def torchrun(n, *argv):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     argv = [*("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)), *argv]
     return subprocess.run(
         [sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
@@ -366,10 +501,9 @@ def torchrun(n, script, argv):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_give_the_result_of_one(script, series, tmp_path):
     """Same global batch: 87 samples by 24 leave 15, and 9 of validation, uneven for both."""
-    argv = [x for k, v in SHORT.items() for x in ("--" + k.replace("_", "-"), str(v))]
-    argv += ["--task", str(series), "--align", "mmd", "--accumulate", "2", "--device", "cpu"]
+    argv = [*flags(script, series, tmp_path / "two"), "--accumulate", "2", "--device", "cpu"]
     argv += ["--optimizer", "sgd", "--lr", "0.02"]  # Adam makes much of the last bits
-    done = torchrun(2, script, [f"{script}.py", *argv, "--out", str(tmp_path / "two")])
+    done = torchrun(2, f"{script}.py", *argv)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("result {") == 1 and "processes=2" in done.stdout
     module = importlib.import_module(script)
@@ -382,6 +516,66 @@ def test_two_processes_give_the_result_of_one(script, series, tmp_path):
     rows = [(tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1] for n in ("one", "two")]
     losses = [json.loads(row)["train_loss"] for row in rows]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+PROCESSES = """
+import json, sys, torch
+from torch import nn
+import record, run, tasks
+from torch.utils.data import TensorDataset
+
+cfg = run.Settings(device="cpu")
+run.start(cfg)
+found, me = {}, run.rank()
+
+# a parameter that both have a gradient for, one of the first process alone, one of none
+both, first, none = (nn.Parameter(torch.ones(2)) for _ in range(3))
+both.grad = torch.full((2,), 1.0 + me)
+first.grad = torch.tensor([5.0, 6.0]) if me == 0 else None
+run.sum_gradients([both, first, none])
+found["gradients"] = [p.grad if p.grad is None else p.grad.tolist() for p in (both, first, none)]
+optimizer = torch.optim.AdamW([both, first, none], lr=0.1, weight_decay=0.5)
+optimizer.step()
+found["decayed"] = none.tolist()
+
+# samples of a split, of which there are fewer than processes, or not as many for each
+for n in (1, 2, 5):
+    x = torch.arange(float(n)).view(n, 1, 1)
+    data = TensorDataset(x, x[:, 0])
+    pairs = [(2 * x[:, 0], y) for x, y in run.split(data)]
+    out, y = ([pair[i] for pair in pairs] for i in (0, 1))
+    found[f"whole {n}"] = run.whole(out, n).flatten().tolist()
+    metric = staticmethod(lambda out, y: float((out - y).sum()))
+    task = type("task", (), {"val": data, "metric": metric})
+    found[f"error {n}"] = run.error_of(task, "val", out, y)
+
+# a last batch of one sample: the weights of the parts of all processes add up to 1
+x, y = torch.ones(1, 3), torch.ones(1)
+share = (x, y) if me == 0 else None
+pieces = [(weight, portion) for *_, weight, portion in run.parts(share, 2, len)]
+found["parts"] = run.summed(torch.tensor(pieces).view(-1, 2).sum(dim=0)).tolist()
+
+weights = nn.Linear(1, 1)
+nn.init.constant_(weights.weight, me)
+run.synchronise(weights)
+found["synchronised"] = weights.weight.item()
+with open(sys.argv[1] + str(me), "w") as file:
+    json.dump(found, file)
+"""
+
+
+def test_two_processes_with_unequal_shares(tmp_path):
+    (tmp_path / "both.py").write_text(PROCESSES)
+    done = torchrun(2, str(tmp_path / "both.py"), str(tmp_path / "found"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for me in (0, 1):
+        found = json.loads((tmp_path / f"found{me}").read_text())
+        assert found["gradients"] == [[3.0, 3.0], [5.0, 6.0], None]
+        assert found["decayed"] == [1.0, 1.0]  # as with one process, which has no gradient either
+        for n in (1, 2, 5):
+            assert found[f"whole {n}"] == [2.0 * i for i in range(n)]
+            assert found[f"error {n}"] == sum(range(n))
+        assert found["parts"] == [1.0, 1.0] and found["synchronised"] == 0
 
 
 def test_accumulated_parts_are_the_whole_batch(series, tmp_path):
@@ -411,11 +605,13 @@ def test_recomputed_layers_are_the_same(series, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_the_optimiser_asked_for_is_used(optimizer, unbroken, series, tmp_path):
     out = tmp_path / "run"
-    main("orca", config("orca", series, out, align="mmd", optimizer=optimizer))
+    main("orca", config("orca", series, out, optimizer=optimizer))
     assert outcome(out)[0] != outcome(unbroken["orca"])[0]
     w = nn.Parameter(torch.ones(2))
     how = {"momentum": 0.5, "beta2": 0.7}
-    made = run.optimizer_of([w], config("orca", series, out, optimizer=optimizer, **how), 0.1, 0.2)
+    made = run.optimizer_of(
+        [{"params": [w]}], config("orca", series, out, optimizer=optimizer, **how), 0.1, 0.2
+    )
     group = made.param_groups[0]
     assert group["lr"] == 0.1 and group["weight_decay"] == 0.2
     assert group["momentum"] == 0.5 if optimizer == "sgd" else group["betas"] == (0.9, 0.7)
@@ -444,16 +640,110 @@ def test_predictions_of_a_finished_run(script, unbroken, series, tmp_path, capsy
     assert not (tmp_path / "z.npy").exists()
 
 
+def test_predictions_say_which_file_they_are_in(unbroken, series, tmp_path, capsys):
+    """numpy.save would add .npy to the name in silence."""
+    np.save(tmp_path / "x.npy", np.load(series)["x_test"])
+    argv = ["--predict", str(tmp_path / "x.npy"), "--run", str(unbroken["pare"])]
+    assert importlib.import_module("pare").cli([*argv, "--out", str(tmp_path / "guess")]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("64 predictions, shape (64,), in ")
+    path = Path(said.split(" in ")[-1].strip())
+    assert path.is_file() and len(np.load(path)) == 64
+    assert [p.name for p in tmp_path.iterdir() if p.name != "x.npy"] == [path.name]
+
+
+def test_a_single_sample_is_predicted_too(unbroken, series, tmp_path):
+    x = np.load(series)["x_test"]
+    argv = ["--run", str(unbroken["orca"]), "--out", str(tmp_path / "y.npy"), "--predict"]
+    guesses = []
+    for name, given in (("all", x), ("one", x[3]), ("channel", x[3:4])):
+        np.save(tmp_path / f"{name}.npy", given)
+        assert importlib.import_module("orca").cli([*argv, str(tmp_path / f"{name}.npy")]) == 0
+        guesses.append(np.load(tmp_path / "y.npy"))
+    assert guesses[1] == guesses[2] == guesses[0][3:4]
+
+
+def test_baselines_stand_beside_the_result(series, tmp_path):
+    cfg = config("pare", series, tmp_path / "run", epochs=1, baselines=True)
+    result = main("pare", cfg)
+    assert result == json.loads((tmp_path / "run" / "result.json").read_text())
+    found = result["baselines"]
+    assert {"majority class", "1-NN"} <= set(found)
+    assert found["1-NN"] < found["majority class"] <= 1
+
+
+# ---- methods compose through files ----
+
+
+@pytest.fixture(scope="module")
+def aligned(series, tmp_path_factory):
+    """Stages 1 and 2 of ORCA alone."""
+    out = tmp_path_factory.mktemp("aligned") / "run"
+    main("orca", config("orca", series, out, epochs=0))
+    return out
+
+
+def test_epochs_0_stops_before_fine_tuning(aligned, unbroken, series):
+    rows = [json.loads(row) for row in (aligned / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["align"] * 2
+    f_t = load_file(aligned / "f_t.safetensors")
+    of_whole_run = load_file(unbroken["orca"] / "f_t.safetensors")
+    for name, w in f_t.items():
+        assert torch.equal(w, of_whole_run[name]), name
+    result = json.loads(
+        (aligned / "result.json").read_text(), parse_constant=lambda word: pytest.fail(word)
+    )  # Infinity and NaN are no JSON
+    assert result["epochs"] == 0 and 0 <= result["test_error"] <= 1
+    cfg = config("orca", series, "", align="none", epochs=0)
+    _, _, _, _, model, _ = orca.build(cfg)
+    assert not torch.equal(model.f_t.conv.weight, f_t["conv.weight"])  # stage 2 did train it
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "orca"])
+def test_a_run_starts_from_the_f_t_of_another(script, aligned, series, tmp_path):
+    more = {"contrast": "none"} if script == "proposed" else {}
+    cfg = config(script, series, tmp_path / "run", f_t=str(aligned), epochs=0, **more)
+    main(script, cfg)
+    started = load_file(tmp_path / "run" / "model.safetensors")
+    f_t = load_file(aligned / "f_t.safetensors")
+    assert {name.removeprefix("f_t.") for name in started if name.startswith("f_t.")} == set(f_t)
+    for name, w in f_t.items():
+        assert torch.equal(w, started[f"f_t.{name}"]), name
+
+
+NO_F_T = {
+    "another shape": (["--patches", "10"], "f_t.safetensors does not fit this model"),
+    "no such folder": (["--f-t", "nowhere"], "no file nowhere/f_t.safetensors"),
+    "no f_t in it": (["--f-t", "UNALIGNED"], "f_t.safetensors"),
+}
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "orca"])
+@pytest.mark.parametrize("case", list(NO_F_T))
+def test_an_f_t_that_does_not_fit_is_one_line_and_code_2(
+    script, case, aligned, unbroken, series, tmp_path, capsys
+):
+    more, message = NO_F_T[case]
+    more = [str(unbroken["pare"]) if word == "UNALIGNED" else word for word in more]
+    argv = [*flags(script, series, tmp_path / "run"), "--f-t", str(aligned), *more]
+    assert importlib.import_module(script).cli(argv) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+# ---- while it runs ----
+
+
 def test_progress_counts_the_steps_of_the_stage_and_is_quiet_off_a_terminal(
     series, tmp_path, monkeypatch, capsys
 ):
-    bars, tqdm = [], run.tqdm
+    bars, tqdm = [], record.tqdm
 
     def watched(rows, title, total, **how):
         bars.append((title, how["initial"], total, how["disable"]))
         return tqdm(rows, title, total, **how)
 
-    monkeypatch.setattr(run, "tqdm", watched)
+    monkeypatch.setattr(record, "tqdm", watched)
     main("orca", config("orca", series, tmp_path / "run", align="none"))
     steps = len((tmp_path / "run" / "steps.csv").read_text().splitlines()) - 1
     assert bars == [
@@ -480,6 +770,17 @@ def test_a_compiled_body_is_asked_for(series, tmp_path, monkeypatch):
     assert compiled == ["SeriesBody"]
 
 
+def test_a_path_that_the_terminal_cannot_show(series, tmp_path):
+    (tmp_path / "m\u00fcnze.npz").write_bytes(Path(series).read_bytes())
+    argv = ["--task", "m\u00fcnze.npz", "--out", "l\u00e4ufe", "--epochs", "0", "--align", "none"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, str(ROOT / "orca.py"), *argv]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"task=m\\xfcnze.npz" in done.stdout and b"result {" in done.stdout
+    assert (tmp_path / "l\u00e4ufe" / "result.json").is_file()
+
+
 def test_all_settings_can_be_printed(capsys):
     assert importlib.import_module("orca").cli(["--paper", "--print-config"]) == 0
     cfg = json.loads(capsys.readouterr().out)
@@ -499,7 +800,7 @@ def test_tracking_gets_every_epoch(series, tmp_path, monkeypatch):
     seen = []
     logs = types.SimpleNamespace(log=lambda values: seen.append(values))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: logs))
-    main("orca", config("orca", series, tmp_path / "run", align="mmd", track="wandb"))
+    main("orca", config("orca", series, tmp_path / "run", track="wandb"))
     assert [v["epoch"] for v in seen] == [1, 2, 1, 2, 3] and "finetune/val_error" in seen[-1]
 
 
@@ -508,11 +809,11 @@ def test_tracking_gets_every_epoch(series, tmp_path, monkeypatch):
 
 def killed_and_resumed(script, series, out, rng, whole_s, processes, most):
     """Start, kill at random times (`most` of them), resume, until it is done; how many kills."""
-    argv = [x for k, v in SHORT.items() for x in ("--" + k.replace("_", "-"), str(v))]
-    argv += ["--task", str(series), "--align", "mmd", "--out", str(out), "--resume"]
+    argv = [*flags(script, series, out), "--resume"]
     launch = [*("-m", "torch.distributed.run", "--standalone", "--nproc-per-node"), str(processes)]
     command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / f"{script}.py")]
-    how = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "start_new_session": True}
+    threads = "2" if processes == 1 else "1"  # two are what users have by default
+    how = {"env": {**os.environ, "OMP_NUM_THREADS": threads}, "start_new_session": True}
     kills = 0
     while True:
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
