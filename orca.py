@@ -63,7 +63,7 @@ METHOD = "orca"
 ALIGN = ("otdd", "otdd-classwise", "otdd-gaussian", "mmd", "l2", "none")
 FREEZE = ("none", "embedder", "body", "both", "layernorm-only")
 WINDOW = 64  # tokens of a source sample
-NARROW = 32  # numbers of a patch from which h^t makes the points of a series
+NARROW = 32  # numbers of a patch from which, all patches together, h^t makes points
 
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class Predictor(nn.Module):
     For a sample, (K,): the mean over the last patches, then a linear layer. For every point, (C, L)
     or (C, H, W), all stages of g add up: in 1D to a few numbers of every patch, from all of which
     a linear layer makes all points (a wave may end far from where it was); in 2D each patch gives
-    its own points.
+    its own points, and the last stage adds a coarse picture, made from all patches as in 1D.
     """
 
     def __init__(self, maps: list, out_shape: tuple):
@@ -209,19 +209,34 @@ class Predictor(nn.Module):
             self.tiles = nn.ModuleList(map(normed_linear, widths, sizes))
             for tile in self.tiles:
                 zeros(tile[1])
+            grid, D = maps[-1]
+            self.narrow = nn.ModuleList([normed_linear(D, NARROW)])
+            coarse = out_shape[0] * math.prod(fine)  # a point for each patch of the finest stage
+            self.linear = zeros(nn.Linear(math.prod(grid) * NARROW, coarse))
 
     def forward(self, features: list[Tensor]) -> Tensor:
         if len(self.out_shape) == 1:
             out = self.linear(features[-1].flatten(1, -2).mean(dim=1))  # (B, N, D) -> (B, K)
         elif len(self.out_shape) == 2:
             z = sum(narrow(z) for narrow, z in zip(self.narrow, features, strict=True))
-            out = self.linear(z.flatten(1)).unflatten(1, self.out_shape)  # (B, N, d) -> (B, C, L)
+            out = self.whole(z).unflatten(1, self.out_shape)  # (B, N, d) -> (B, C, L)
         else:
             tiles = zip(self.tiles, features, self.sides, strict=True)
             # (B, h, w, D) -> (B, C p p, h, w) -> (B, C, h p, w p)
             out = sum(F.pixel_shuffle(t(z).permute(0, 3, 1, 2), p) for t, z, p in tiles)
+            coarse = self.whole(self.narrow[0](features[-1]))  # (B, h, w, D) -> (B, C N)
+            coarse = coarse.unflatten(1, (self.out_shape[0], *features[0].shape[1:3]))
+            out = out + F.interpolate(coarse, out.shape[2:], mode="bilinear")
             out = F.interpolate(out, self.out_shape[1:], mode="bilinear", antialias=True)
         return self.mean + self.std * out
+
+    def whole(self, z: Tensor) -> Tensor:
+        """Points that depend on all patches, (B, ..., d) -> (B, points), learnt in small steps.
+
+        AdamW moves each weight by the learning rate, so that a sum over a thousand of them would
+        move too far: hence the factor.
+        """
+        return 0.1 * self.linear(z.flatten(1))
 
 
 def normed_linear(D: int, d: int) -> nn.Sequential:
@@ -277,8 +292,12 @@ def distance_to(
         share: of each target class, (K,), adding up to 1; only "otdd-classwise" needs it.
     Returns: a function (z_t (m, D), y_t (m,)) -> scalar, differentiable in z_t.
     """
-    if name in ("otdd", "otdd-gaussian"):
-        return OTDD(z_s, y_s, label_distance="exact" if name == "otdd" else "gaussian")
+    if name == "otdd":
+        return OTDD(z_s, y_s)
+    if name == "otdd-gaussian":
+        gaussian = OTDD(z_s, y_s, label_distance="gaussian")
+        several = lambda y_t: y_t.bincount()[y_t] > 1  # noqa: E731 (one sample has no covariance)
+        return lambda z_t, y_t: gaussian(z_t[several(y_t)], y_t[several(y_t)])
     if name == "otdd-classwise":
         return lambda z_t, y_t: classwise(z_s, y_s, z_t, y_t, share)
     if name == "mmd":

@@ -64,7 +64,7 @@ METHOD = "proposed"
 LOSSES = {"inner": contrast.inner, "outer": contrast.outer, "literal": contrast.literal}
 PRESERVE = ("margin", "jacobian", "slope", "none")
 FINETUNE = ("embedder", "frozen-embedder", "projection")
-NARROW = 32  # numbers of a patch from which h^t makes the points of a series
+NARROW = 32  # numbers of a patch from which, all patches together, h^t makes points
 HIDDEN = 256  # largest width of the hidden layer of h^t
 OUTPUT = 64  # numbers that are contrasted; targets are correlated on about as many
 TOLERANCE = 0.5  # C of P_l for values: the change of z, whose length is 1, that is too much
@@ -220,8 +220,10 @@ class Predictor(nn.Module):
             slim = [min(D, HIDDEN) for D in widths]
             inner = map(normed_linear, widths, slim)
             self.inner = nn.ModuleList(nn.Sequential(layer, nn.GELU()) for layer in inner)
-            last = (nn.Linear(d, C * p * p) for d, p in zip(slim, self.sides, strict=True))
-            self.last, self.width = nn.ModuleList(last), sum(slim)
+            self.inner.append(normed_linear(widths[-1], NARROW))  # for the coarse picture
+            last = [nn.Linear(d, C * p * p) for d, p in zip(slim, self.sides, strict=True)]
+            last.append(nn.Linear(self.tokens[-1][0] * NARROW, C * math.prod(fine)))
+            self.last, self.width = nn.ModuleList(last), sum(slim) + NARROW
         for layer in self.last if size else ():
             zeros(layer)
 
@@ -247,6 +249,7 @@ class Predictor(nn.Module):
         z = self.split(d)
         if len(self.out_shape) > 1:  # a LayerNorm follows, of channels as g has them
             z = [mean + std * part for part, mean, std in self.scales(z)]
+        z += [z[-1]] * (len(self.inner) - len(z))  # in 2D the last stage has two layers
         return [layer(part) for layer, part in zip(self.inner, z, strict=True)]
 
     def pooled(self, d: Tensor) -> Tensor:
@@ -262,12 +265,19 @@ class Predictor(nn.Module):
         if len(self.out_shape) == 1:
             return self.last[0](z[0].squeeze(1))  # (B, 1, d) -> (B, K)
         if len(self.out_shape) == 2:
-            return self.last[0](sum(z).flatten(1)).unflatten(1, self.out_shape)  # -> (B, C, L)
-        tiles = zip(self.last, z, self.grids, self.sides, strict=True)
+            return self.whole(sum(z)).unflatten(1, self.out_shape)  # (B, N, d) -> (B, C, L)
+        *z, last = z
+        tiles = zip(self.last[:-1], z, self.grids, self.sides, strict=True)
         # (B, N, d) -> (B, C p p, N) -> (B, C p p, h, w) -> (B, C, h p, w p)
         maps = ((t(z).transpose(1, 2).unflatten(2, grid), p) for t, z, grid, p in tiles)
         out = sum(F.pixel_shuffle(tile, p) for tile, p in maps)
+        coarse = self.whole(last).unflatten(1, (self.out_shape[0], *self.grids[0]))
+        out = out + F.interpolate(coarse, out.shape[2:], mode="bilinear")
         return F.interpolate(out, self.out_shape[1:], mode="bilinear", antialias=True)
+
+    def whole(self, z: Tensor) -> Tensor:
+        """Points that depend on all patches, (B, N, d) -> (B, points), as in orca.Predictor."""
+        return 0.1 * self.last[-1](z.flatten(1))
 
     def forward(self, d: Tensor) -> Tensor:
         return self.mean + self.std * self.output(d)

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -424,8 +424,7 @@ def write_atomically(path: Path, *content: bytes) -> None:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Weights alone, in a format that executes nothing; an old file stays until this is whole."""
     weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
-    save_file(weights, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    write_atomically(path, safetensors.torch.save(weights))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -433,7 +432,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; {path.parent} holds no finished run")
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(safetensors.torch.load_file(path))
     except Exception as error:  # safetensors and torch have their own kinds of errors
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{path} does not fit this model ({reason})") from None

@@ -45,8 +45,9 @@ from record import (  # noqa: F401 (the scripts take some of these from here)
     world,
     write_atomically,
 )
-from tasks import own
+from tasks import baselines, own
 
+SWITCH = ("auto", "on", "off")
 FEWEST = 15  # epochs of large data sets, for which --steps are not enough
 MOST = 1e38  # the largest value of a float setting; whole numbers end at 2^31
 
@@ -100,7 +101,7 @@ class Settings:
     workers: int = opt(0, "number of processes that load data", low=0)
     seed: int = opt(0, "seed of data, weights and batches", low=0)
     deterministic: bool = opt(False, "deterministic algorithms on a GPU, where torch has them")
-    baselines: bool = opt(False, "simple learners on the raw arrays, beside the result")
+    baselines: str = opt("auto", "simple learners beside the result; auto: if fast", SWITCH)
     out: str = opt("", "folder of the run; default: runs/METHOD-TASK-SEED")
     overwrite: bool = opt(False, "permission to replace a run in that folder")
     resume: bool = opt(False, "continuation of the run in that folder")
@@ -140,7 +141,8 @@ def configure(config: type, presets: dict, given: dict):
         if task not in presets:
             raise ValueError(f"--paper has no settings for '{task}'; it has {', '.join(presets)}")
         preset = presets[task]
-    return config(**{**preset, **given})
+    names = {f.name for f in fields(config)}
+    return config(**{name: value for name, value in preset.items() if name in names} | given)
 
 
 def parse(config: type, configure: Callable, doc: str, argv: list[str] | None):
@@ -388,14 +390,16 @@ def finish(
     lowest = np.minimum.accumulate(losses) if losses else []
     result = {"method": method, "task": cfg.task, "data": task.data, "body": cfg.body}
     result |= {"source": source, "seed": cfg.seed, "metric": task.metric_name}
-    result |= {k: v if v is None else round(v, 6) for k, v in errors.items()}
+    known = {k: v is not None and math.isfinite(v) for k, v in errors.items()}
+    result |= {k: round(v, 6) if known[k] else None for k, v in errors.items()}
     result |= {"epochs": cfg.epochs, "train_size": len(task.train)}
     result["spikes"] = sum(bool(b > 1.2 * a) for a, b in zip(lowest, losses[1:], strict=False))
     result |= {"time_s": round(time.time() - record.start, 1)}
     result |= {"params_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 3)}
     result |= {"device": str(Process.device), "precision": cfg.precision}
-    if cfg.baselines:
-        result["baselines"] = tasks.simple_learners(task, cfg.seed)
+    result |= {"converged": converged([row.get("val_error") for row in record.rows])}
+    if cfg.baselines == "on" or (cfg.baselines == "auto" and baselines.cheap(task)):
+        result["baselines"] = compare(baselines.simple_learners(task, cfg.seed), result)
     if rank() == 0:
         title = f"{method}: {task.title} ({task.data})"
         draw_curves(record, title, task.metric_name, errors["test_error"])
@@ -403,6 +407,24 @@ def finish(
         write_atomically(record.out / "result.json", text.encode())
         print("result", json.dumps(result), flush=True)
     return result
+
+
+def converged(errors: list) -> bool:
+    """Whether the validation error fell by less than 2 % in the last tenth of the epochs."""
+    errors = [error for error in errors if error is not None]
+    late = max(1, len(errors) // 10)
+    return len(errors) > late and min(errors[-late:]) > 0.98 * min(errors[:-late])
+
+
+def compare(errors: dict[str, float], result: dict) -> dict[str, float]:
+    """Print the test errors of simple learners, and say so if one of them is better."""
+    if rank() == 0:
+        shown = ", ".join(f"{name} {number(error)}" for name, error in errors.items())
+        print(f"simple learners: {shown}")
+        best, own = min(errors, key=errors.get), result["test_error"]
+        if own is not None and errors[best] < own:
+            print(f"note: {best} is better than this run; more --steps or another --lr may help")
+    return {name: round(error, 6) for name, error in errors.items()}
 
 
 def draw_curves(record: Record, title: str, metric: str, test_error: float | None) -> None:
@@ -422,10 +444,9 @@ def draw_curves(record: Record, title: str, metric: str, test_error: float | Non
         axis.plot([epoch for epoch, _ in points], [value for _, value in points])
         axis.set(xlabel="epoch", title=labels[key])
         axis.set_ylim(bottom=0)
-    if test_error is not None:
-        last = np.atleast_1d(axes)[-1]
-        last.axhline(test_error, color="tab:orange", linestyle="--", label="test, best epoch")
-        last.legend()
+        if key == "val_error" and test_error is not None:
+            axis.axhline(test_error, color="tab:orange", linestyle="--", label="test, best epoch")
+            axis.legend()
     figure.suptitle(title)
     figure.savefig(record.out / "curves.png", dpi=100)
     plt.close(figure)
