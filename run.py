@@ -71,6 +71,7 @@ class Settings:
     data_dir: str = opt("data", "directory of the real data")
     kind: str = opt("", "meaning of y in FILE.npz, where it is not clear", own.KINDS)
     published: bool = opt(False, "the papers' grid, times and inputs of a PDE task")
+    augment: bool = opt(False, "random crops and mirror images of training images with classes")
     train_size: int = opt(0, "number of training samples; 0: all that the task has", low=0)
     paper: bool = opt(False, "the papers' setting: real data, large bodies, published values")
     body: str = opt("", "folder or hub name of g, or random:NAME; default: the tiny body")
@@ -237,8 +238,7 @@ def start(cfg) -> torch.device:
 def load_task(cfg) -> tasks.Task:
     """The task that the settings ask for."""
     size, which = cfg.train_size or None, (cfg.task, cfg.data, cfg.data_dir, cfg.seed)
-    augment = cfg.paper and cfg.task == "cifar100"  # as published
-    return tasks.load_task(*which, size, cfg.published, cfg.kind, augment)
+    return tasks.load_task(*which, size, cfg.published, cfg.kind, cfg.augment)
 
 
 def load_source(cfg, tokenize: Callable | None, length: int, size: int, masks=False):
