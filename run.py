@@ -66,7 +66,7 @@ class Settings:
     """The settings that all methods share, in the groups of --help."""
 
     # data and parts (slides 6 to 8)
-    task: str = opt("satellite", f"{', '.join(tasks.NAMES)}, or your own FILE.npz")
+    task: str = opt("satellite", "one of the tasks of tasks/README.md, or your own FILE.npz")
     data: str = opt("simulated", "origin of the task's data", ("simulated", "real"))
     data_dir: str = opt("data", "directory of the real data")
     kind: str = opt("", "meaning of y in FILE.npz, where it is not clear", own.KINDS)

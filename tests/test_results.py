@@ -26,22 +26,6 @@ def script(name):
     return module
 
 
-def test_nearest_neighbour_is_the_nearest():
-    x, y = torch.randn(40, 6), torch.randint(3, (40,))
-    new = torch.randn(15, 6)
-    want = [int(y[min(range(40), key=lambda i, z=z: float((x[i] - z).norm()))]) for z in new]
-    assert script("baselines").nearest(x, y, new).tolist() == want
-
-
-def test_logistic_regression_is_at_its_optimum():
-    torch.manual_seed(0)
-    x, y = torch.randn(200, 3), torch.randint(3, (200,))
-    head = script("baselines").logistic(x, y, 3, ridge=1e-2)
-    loss = torch.nn.functional.cross_entropy(head(x), y) + 1e-2 * head.weight.square().sum()
-    gradients = torch.autograd.grad(loss, list(head.parameters()))
-    assert max(float(g.abs().max()) for g in gradients) < 1e-4
-
-
 def test_baselines_of_a_file_of_ones_own(series, tmp_path):
     csv = tmp_path / "b.csv"
     found = script("baselines").main(["--task", str(series), "--csv", str(csv)])
@@ -139,14 +123,6 @@ def test_every_method_is_clearly_better_than_the_trivial_predictor_on_every_task
     for task, row in errors.items():
         for method in ("NFT (naive fine-tuning)", "ORCA (OTDD)", "PaRe"):
             assert row[method] < 0.95 * row["trivial"], (task, method)
-
-
-def test_ridge_regression_is_the_closed_form():
-    torch.manual_seed(0)
-    x, y, new = torch.randn(30, 5), torch.randn(30, 2), torch.randn(4, 5)
-    (got,) = script("baselines").ridge_regression(x, y, [new], 0.3)
-    weights = torch.linalg.solve(x.T @ x / 5 + 0.3 * torch.eye(5), x.T @ (y - y.mean(0)) / 5)
-    torch.testing.assert_close(got, new @ weights + y.mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_the_linear_filter_finds_a_convolution():
