@@ -310,8 +310,8 @@ class _Entropic:
         for _ in range(sweeps):
             v = (v / marginal).clamp_(1e-9, 1e9)
             marginal = v * through(v, normalise)  # the target's, over b; the source's are right
-        self.f, self.g = self.f + self.eps * u.log(), self.g + self.eps * v.log()
-        self.values = self.f.mean((1, 2)) + (b * self.g).sum((1, 2))
+        f, g = self.f + self.eps * u.log(), self.g + self.eps * v.log()
+        self.values = f.mean((1, 2)) + (b * g).sum((1, 2))
         step, slope = torch.zeros_like(v), 1 - marginal
         rest = slope - dot(slope, torch.ones_like(v))  # careful: constants change nothing
         direction = rest / marginal
@@ -327,7 +327,8 @@ class _Entropic:
                 break
             direction = rest / marginal + size / last.clamp_min(tiny) * direction
         reach = 2 * step.abs().amax(2, True) + tiny
-        self.g = self.g + self.eps * step * reach.log1p() / reach  # careful: shorter steps far away
+        # careful: far from the optimum whole steps of Newton may fail
+        self.f, self.g = f, g + self.eps * step * reach.log1p() / reach
         return self.eps * dot(slope, step).flatten() / 2
 
 
@@ -385,7 +386,14 @@ class OTDD:
             eps = strengths.setdefault("samples", self.eps * mean + torch.finfo(W.dtype).tiny)
         labels = W.detach()[s.y], t.y  # (D1)
         value, plans = _transport(
-            s.x, t.x, sizes, self.p, eps, self.tol, eps and float(mean), labels
+            s.x,
+            t.x,
+            sizes,
+            self.p,
+            eps,
+            self.tol,
+            float(mean.detach()) if self.eps else None,
+            labels,
         )
         mass = torch.zeros_like(W)  # from class to class
         for rows, pi in plans.blocks():
@@ -403,7 +411,7 @@ class OTDD:
         if self.label_distance == "sinkhorn":
             mean = _transport(s.x, t.x, [len(t.y)], self.p, torch.tensor(math.inf))[0].sum()
             eps = (self.eps or 1e-2) * mean + torch.finfo(mean.dtype).tiny
-            eps, mean = strengths.setdefault("labels", eps), float(mean)
+            eps, mean = strengths.setdefault("labels", eps), float(mean.detach())
         rows = [
             _transport(x, t.x, t.sizes, self.p, eps, self.tol, mean) for x in s.x.split(s.sizes)
         ]
