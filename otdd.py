@@ -143,7 +143,7 @@ def _transport(x, z, sizes, p, eps=None, tol=None, spread=None, labels=None):
     if eps is None:
         plans = _Exact(x0, z0, y, sizes, p, labels)
     else:
-        plans = _Entropic(x0, z0, y, sizes, p, labels, float(eps)).solve(tol, spread)
+        plans = _Entropic(x0, z0, y, sizes, p, labels, float(eps.detach())).solve(tol, spread)
     values = _Envelope.apply(x, z, plans)
     if eps is not None and eps < math.inf:
         KL = (plans.values - plans.linear()) / eps.detach()
