@@ -143,7 +143,7 @@ def _transport(x, z, sizes, p, eps=None, tol=None, spread=None, labels=None):
     if eps is None:
         plans = _Exact(x0, z0, y, sizes, p, labels)
     else:
-        plans = _Entropic(x0, z0, y, sizes, p, labels, float(eps)).solve(tol, spread)
+        plans = _Entropic(x0, z0, y, sizes, p, labels, float(eps.detach())).solve(tol, spread)
     values = _Envelope.apply(x, z, plans)
     if eps is not None and eps < math.inf:
         KL = (plans.values - plans.linear()) / eps.detach()
@@ -166,8 +166,12 @@ class _Exact:
             i, j, mass = _solve(cost)
             return i, j + own.start, mass, cost[i, j]
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # POT releases Python's lock
-            edges = list(pool.map(solve, torch.tensor(sizes).cumsum(0).tolist(), sizes))
+        if len(x) == 1 and whole is not None:  # every set has a single plan: all at once
+            j = torch.arange(len(z))
+            edges = [(j * 0, j, 1 / y.bincount()[y].double().cpu(), whole[0])]
+        else:
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # POT releases Python's lock
+                edges = list(pool.map(solve, torch.tensor(sizes).cumsum(0).tolist(), sizes))
         self.i, self.j, mass, cost = (torch.cat(v).to(x.device) for v in zip(*edges, strict=True))
         self.mass = mass.to(x)
         self.values = x.new_zeros(len(sizes)).index_add_(0, y[self.j], self.mass * cost)
@@ -310,8 +314,8 @@ class _Entropic:
         for _ in range(sweeps):
             v = (v / marginal).clamp_(1e-9, 1e9)
             marginal = v * through(v, normalise)  # the target's, over b; the source's are right
-        self.f, self.g = self.f + self.eps * u.log(), self.g + self.eps * v.log()
-        self.values = self.f.mean((1, 2)) + (b * self.g).sum((1, 2))
+        f, g = self.f + self.eps * u.log(), self.g + self.eps * v.log()
+        self.values = f.mean((1, 2)) + (b * g).sum((1, 2))
         step, slope = torch.zeros_like(v), 1 - marginal
         rest = slope - dot(slope, torch.ones_like(v))  # careful: constants change nothing
         direction = rest / marginal
@@ -327,7 +331,8 @@ class _Entropic:
                 break
             direction = rest / marginal + size / last.clamp_min(tiny) * direction
         reach = 2 * step.abs().amax(2, True) + tiny
-        self.g = self.g + self.eps * step * reach.log1p() / reach  # careful: shorter steps far away
+        # careful: far from the optimum whole steps of Newton may fail
+        self.f, self.g = f, g + self.eps * step * reach.log1p() / reach
         return self.eps * dot(slope, step).flatten() / 2
 
 
@@ -385,7 +390,14 @@ class OTDD:
             eps = strengths.setdefault("samples", self.eps * mean + torch.finfo(W.dtype).tiny)
         labels = W.detach()[s.y], t.y  # (D1)
         value, plans = _transport(
-            s.x, t.x, sizes, self.p, eps, self.tol, eps and float(mean), labels
+            s.x,
+            t.x,
+            sizes,
+            self.p,
+            eps,
+            self.tol,
+            float(mean.detach()) if self.eps else None,
+            labels,
         )
         mass = torch.zeros_like(W)  # from class to class
         for rows, pi in plans.blocks():
@@ -403,7 +415,7 @@ class OTDD:
         if self.label_distance == "sinkhorn":
             mean = _transport(s.x, t.x, [len(t.y)], self.p, torch.tensor(math.inf))[0].sum()
             eps = (self.eps or 1e-2) * mean + torch.finfo(mean.dtype).tiny
-            eps, mean = strengths.setdefault("labels", eps), float(mean)
+            eps, mean = strengths.setdefault("labels", eps), float(mean.detach())
         rows = [
             _transport(x, t.x, t.sizes, self.p, eps, self.tol, mean) for x in s.x.split(s.sizes)
         ]
