@@ -369,7 +369,7 @@ BAD_LINES = {  # for all scripts; what is said
     "--data real --data-dir FILE": "satellite_train.npy",
     "--epochs 1.5": "invalid int value: '1.5'",
     "--epochs=": "invalid int value: ''",
-    "--batch-size 0": "--batch-size 0 is out of range",
+    "--batch-size -1": "--batch-size -1 is out of range",
     "--lr inf": "--lr inf is out of range",
     "--lr 1,0": "invalid float value: '1,0'",
     "--weight-decay -0.1": "--weight-decay -0.1 is out of range",
@@ -385,7 +385,6 @@ BAD_LINES = {  # for all scripts; what is said
     "--beta2 1.5": "--beta2 1.5 is out of range",
     "--precision fp8": "invalid choice: 'fp8'",
     "--overwrite yes": "unrecognized arguments: yes",
-    "--task SERIES --source cifar10": "'cifar10' does not suit this task, whose body takes text",
     "--task SERIES --body FILE": "--body .*file.npz: no folder",
     "--task SERIES --body tiny_swin": "tiny_swin cannot be loaded .*series take a RoBERTa",
     "--task SERIES --device cpu:x": "--device cpu:x is not available",
@@ -393,12 +392,16 @@ BAD_LINES = {  # for all scripts; what is said
     "--task SERIES --out FILE/run": "file.npz/run",
     "--task SERIES --out FOLDER": "folder.npz .*choose another --out",
 }
-BAD_ORCA_LINES = {
+# the proposal has no source
+BAD_SOURCE = {
+    "--task SERIES --source cifar10": "'cifar10' does not suit this task, whose body takes text",
+}
+BAD_ORCA_LINES = BAD_SOURCE | {
     "--align otd": "invalid choice: 'otd'",
     "--align-samples -1": "--align-samples -1 is out of range",
     "--k0 3": "unrecognized arguments: --k0 3",
 }
-BAD_PARE_LINES = {
+BAD_PARE_LINES = BAD_SOURCE | {
     "--align mmd": "unrecognized arguments: --align mmd",
     "--k0 -2": "--k0 -2 is out of range",
     "--task SERIES --k0 999": "k0.999 exceeds",

@@ -244,7 +244,7 @@ def test_O3_frozen_weights_stay_bit_for_bit(what, body, series, tmp_path):
     task = tasks.load_task(str(series), train_size=32)
     model = fresh(body)
     before = state(model)
-    cfg = orca.Config(task=str(series), freeze=what, epochs=1, batch_size=16)
+    cfg = orca.Config(task=str(series), freeze=what, epochs=1, batch_size=16, body_lr=1e-3)
     orca.finetune(model, task, cfg, orca.Record(tmp_path))
     assert changed(model, before) == TRAINED[what]
     if what == "layernorm-only":
@@ -267,7 +267,7 @@ def test_rate_rises_then_falls_to_0():
 def test_a_batch_can_be_learnt_by_heart(body, series, tmp_path):
     task = tasks.load_task(str(series), train_size=16)
     model = fresh(body)
-    cfg = orca.Config(task=str(series), epochs=60, batch_size=16, lr=2e-3)
+    cfg = orca.Config(task=str(series), epochs=60, batch_size=16, body_lr=2e-3)
     record = orca.Record(tmp_path)
     orca.finetune(model, task, cfg, record)
     assert record.rows[-1]["train_loss"] < 0.05
@@ -276,7 +276,8 @@ def test_a_batch_can_be_learnt_by_heart(body, series, tmp_path):
 @pytest.fixture(scope="module")
 def run(series, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "orca"
-    cfg = orca.Config(task=str(series), epochs=3, align_epochs=4, source_size=200, out=str(out))
+    given = {"epochs": 3, "align_epochs": 4, "align_lr": 1e-3, "body_lr": 2e-3}
+    cfg = orca.Config(task=str(series), source_size=200, **given, out=str(out))
     return cfg, orca.main(cfg), out
 
 

@@ -315,7 +315,9 @@ def test_without_stage_2_a_series_to_a_series_is_naive_fine_tuning(tmp_path):
 def whole(series, tmp_path_factory):
     """A short run on four classes of series."""
     out = tmp_path_factory.mktemp("runs") / "proposed"
-    cfg = proposed.configure(task=str(series), epochs=3, draws=4, out=str(out), **SMALL)
+    cfg = proposed.configure(
+        task=str(series), epochs=3, draws=4, body_lr=2e-3, out=str(out), **SMALL
+    )
     return cfg, proposed.main(cfg), out
 
 
@@ -339,8 +341,8 @@ FLAGS += ["--finetune projection", "--finetune frozen-embedder"]
 @pytest.mark.parametrize("flag", FLAGS)
 def test_every_flag_changes_the_run(flag, whole, series, tmp_path):
     cfg, plain, out = whole
-    argv = f"--task {series} --epochs 1 --schedule-epochs 3 --draws 4 --contrast-epochs 2"
-    argv += f" --contrast-steps-per-epoch 3 {flag} --out {tmp_path / 'run'}"
+    argv = f"--task {series} --epochs 1 --schedule-epochs 3 --draws 4 --body-lr 2e-3"
+    argv += f" --contrast-epochs 2 --contrast-steps-per-epoch 3 {flag} --out {tmp_path / 'run'}"
     proposed.main(proposed.parse_args(argv.split()))
     losses = [
         next(json.loads(row) for row in lines if '"finetune"' in row)["train_loss"]
