@@ -1,30 +1,31 @@
 """What a training step costs at the papers' sizes: python results/bench_gpu.py --csv FILE
 
-For ORCA, PaRe and the proposal: seconds a step, samples a second, peak memory, in fp32, in bf16,
-and in bf16 with --compile or --recompute. The bodies are roberta-base and Swin-base, untrained; the
-data are simulated, of the shapes of the real ones; batch, optimiser and number of patches are those
-of --paper. So nothing is downloaded, and a step costs what it costs in the papers' setting.
+For ORCA, PaRe and the proposal: seconds a step, samples a second, peak memory, in fp32, in TF32, in
+bf16, and in bf16 with --compile or --recompute. ORCA is without alignment: naive fine-tuning. The
+bodies are roberta-base and Swin-base, untrained; the data are simulated, of the shapes of the real
+ones; batch, optimiser and number of patches are those of --paper. So nothing is downloaded, and a
+step costs what it costs in the papers' setting.
 
     python results/bench_gpu.py                         a CUDA machine
     python results/bench_gpu.py --device cpu --batch 2 --steps 1 --methods orca --variants fp32
     python results/bench_gpu.py --tiny --steps 2        tiny bodies: does it run?
 
-Each row is a process of its own, which runs the script's main() and takes the time between updates
-in its stage of fine-tuning, loading of data included: the median, after one step that is not
-counted (two with compile). cpu_s are the seconds of a processor in a step: on one thread, what it
-takes where nothing else runs. Memory is that of torch on a GPU, else of the whole process, imports
-and checkpoints included. There is no CSV of a GPU in this folder: none was at hand when this was
-written. paper_step.csv has rows of a CPU, a core of an AMD EPYC (Zen 5: AVX-512 with bf16, no AMX).
+A row is a run of the script's main(), in whose stage of fine-tuning the time of the counted steps
+is taken, loading of data included, after some that are not counted. step_s is their mean, cpu_s the
+mean of a processor's seconds: on one thread, what a step takes where nothing else runs. Memory is
+that which torch allocated on a GPU, else that of the whole process, imports and checkpoints
+included. paper_step.csv has rows of a CPU, a core of an AMD EPYC (Zen 5: AVX-512 with bf16, no
+AMX), whose step_s is a median.
 """
 
 import argparse
 import contextlib
 import csv
+import gc
 import importlib
-import importlib.util
+import itertools
 import multiprocessing
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -36,18 +37,20 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import bodies  # noqa: E402 (the repository's root has to be on the path first)
-import run  # noqa: E402
+from record import Record  # noqa: E402
 
-METHODS = [name for name in ("orca", "pare", "proposed") if importlib.util.find_spec(name)]
+METHODS = ("orca", "pare", "proposed")
 TASKS = ("satellite", "deepsea", "cifar100", "darcy")  # series and images, classes and a field
 VARIANTS = {
     "fp32": {},
+    "tf32": {"tf32": True},
     "bf16": {"precision": "bf16"},
     "bf16+compile": {"precision": "bf16", "compile": True},
     "bf16+recompute": {"precision": "bf16", "recompute": True},
 }
 SWIN = bodies.SWIN_BASE.split(".")[0]
-WARM_UP = 1  # steps that are not counted; twice as many with compile
+SHOWN = ("step_s", "cpu_s", "samples_s", "peak_gb", "device")
+WARM_UP = {False: 1, True: 3}  # steps that are not counted, on a CPU and a GPU; double to compile
 HELD = 4  # samples for validation and test each
 
 
@@ -79,10 +82,20 @@ def settings(method: str, task: str, args: argparse.Namespace, folder: Path):
     if not args.tiny:
         body = roberta_base(folder / "body") if series else SWIN
         cfg |= {"data": "simulated", "body": f"random:{body}", "paper": False}
-    cfg |= {"source": "noise", "source_size": 64, "align": "none"}
+    cfg |= {"source": "noise", "source_size": 64}
+    if method == "orca":
+        cfg |= {"align": "none"}
+    if method == "proposed":
+        cfg |= {"contrast_epochs": 1, "contrast_steps_per_epoch": 1, "draws": 2}
     if args.batch:
         cfg |= {"batch_size": args.batch, "accumulate": 1}
     return module, cfg | {"device": args.device, "epochs": 1, "out": str(folder / "run")}
+
+
+def hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def peak_gb(device: str) -> float:
@@ -93,45 +106,44 @@ def peak_gb(device: str) -> float:
 
 
 def measure(method: str, task: str, variant: str, args: argparse.Namespace) -> dict:
-    """A row of the table: a short run of a method's main(), timed from update to update."""
+    """A row of the table: a short run of a method's main(), timed in its stage of fine-tuning."""
+    gpu, steps = args.device.startswith("cuda"), []
+    if gpu:  # an earlier row of this process may have left something
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def now() -> tuple[float, float]:
+        if gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
+
+    def timed_step(self, *given, **values):
+        done(self, *given, **values)
+        if self.stage == "finetune":
+            steps.append(now() if len(steps) + 1 in (warm_up, warm_up + args.steps) else None)
+
     with tempfile.TemporaryDirectory() as folder:
         module, cfg = settings(method, task, args, Path(folder))
         cfg |= VARIANTS[variant]
-        warm_up = WARM_UP * (2 if cfg["compile"] else 1)
+        warm_up = WARM_UP[gpu] * (2 if cfg["compile"] else 1)
         shrink(task, cfg["batch_size"] * (args.steps + warm_up))
-        if method == "proposed":
-            cfg |= {"contrast_epochs": 1, "contrast_steps_per_epoch": 1, "draws": 2}
-        finetune, update = module.finetune, run.update
-        gpu, ends = args.device.startswith("cuda"), []
-
-        def now() -> tuple[float, float]:
-            if gpu:
-                torch.cuda.synchronize()
-            return time.perf_counter(), time.process_time()
-
-        def timed_finetune(*given):
-            if gpu:
-                torch.cuda.reset_peak_memory_stats()
-            ends.append(now())
-            return finetune(*given)
-
-        def timed_update(*given):
-            done = update(*given)
-            ends.append(now())
-            return done
-
-        module.finetune, run.update = timed_finetune, timed_update
-        with contextlib.redirect_stdout(None):
-            result = module.main(module.Config(**cfg))
-        steps = list(zip(ends, ends[1:], strict=False))[warm_up:]
-        assert len(steps) == args.steps
-        step_s, cpu_s = (statistics.median(b[i] - a[i] for a, b in steps) for i in (0, 1))
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        done = Record.step
+        Record.step = timed_step
+        try:
+            with contextlib.redirect_stdout(None):
+                result = module.main(module.Config(**cfg))
+        finally:
+            Record.step = done
+        assert len(steps) == args.steps + warm_up
+        (start, cpu_start), (end, cpu_end) = steps[warm_up - 1], steps[-1]
+        step_s, cpu_s = (end - start) / args.steps, (cpu_end - cpu_start) / args.steps
         row = {"method": method, "task": task, "variant": variant, "batch": cfg["batch_size"]}
         row |= {"parts": cfg["accumulate"], "step_s": f"{step_s:.4g}", "cpu_s": f"{cpu_s:.4g}"}
         row |= {"samples_s": f"{cfg['batch_size'] / step_s:.4g}"}
         row |= {"peak_gb": f"{peak_gb(args.device):.2f}", "params_m": result["params_m"]}
-    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    return row | {"device": name, "torch": torch.__version__}
+    return row | {"device": hardware(args.device), "torch": torch.__version__}
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -146,35 +158,42 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch", type=int, default=0, help="in one part; 0: as in the papers")
     parser.add_argument("--steps", type=int, default=5, help="that are counted")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which no row is begun")
     parser.add_argument("--tiny", action="store_true", help="tiny bodies and embedded settings")
     parser.add_argument("--csv", type=Path, help="file to add the rows to")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.batch < 0:
         parser.error("--steps takes 1 or more, --batch 0 or more")
     command = " ".join([Path(__file__).name, *(sys.argv[1:] if argv is None else argv)])
-    spawn, rows = multiprocessing.get_context("spawn"), []
-    for task in args.tasks:
-        for method in args.methods:
-            for variant in args.variants:
-                with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # its own peak of memory
-                    try:
-                        row = pool.submit(measure, method, task, variant, args).result()
-                    except torch.OutOfMemoryError:
-                        print(f"{task} {method} {variant}: out of memory; try a smaller --batch")
-                        continue
-                rows.append({**row, "command": command})
-                shown = ("task", "method", "variant", "batch", "parts")
-                print(*(f"{key}={row[key]}" for key in shown), end=" ")
-                shown = ("step_s", "cpu_s", "samples_s", "peak_gb", "device")
-                print(*(f"{key}={row[key]}" for key in shown), flush=True)
-    if args.csv and rows:
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    end, rows, shown = time.time() + args.seconds, [], ("task", "method", "variant", "batch")
+    # A CPU's peak of memory is that of a process, so each row has its own; a GPU's can be reset.
+    own = None if args.device.startswith("cuda") else 1
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=own) as pool:
+        for task, variant, method in itertools.product(args.tasks, args.variants, args.methods):
+            if time.time() > end:
+                print(f"{task} {method} {variant}: no time left", flush=True)
+                continue
+            try:
+                row = pool.submit(measure, method, task, variant, args).result()
+            except torch.OutOfMemoryError:
+                print(f"{task} {method} {variant}: out of memory; try a smaller --batch")
+                continue
+            rows.append({**row, "command": command})
+            print(*(f"{key}={row[key]}" for key in (*shown, "parts", *SHOWN)), flush=True)
+            if args.csv:
+                add(rows[-1], args.csv)
     return rows
+
+
+def add(row: dict, path: Path) -> None:
+    """Add a row to a CSV file, which gets a header if it is new."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 if __name__ == "__main__":
