@@ -86,7 +86,7 @@ class Settings:
     accumulate: int = opt(1, "gradient accumulation steps of a batch, which save memory", low=1)
     optimizer: str = opt("adamw", "optimiser of all stages", ("adamw", "adam", "sgd"))
     lr: float = opt(2e-3, "peak learning rate of the new parts, f^t and h^t", low=0)
-    body_lr: float = opt(0.0, "peak learning rate of g; 0: --lr / 10, or --lr if untrained", low=0)
+    body_lr: float = opt(0.0, "peak learning rate of g; 0: 0.3 --lr, or --lr if untrained", low=0)
     weight_decay: float = opt(0.01, "weight decay", low=0)
     momentum: float = opt(0.9, "momentum of SGD", low=0)
     beta2: float = opt(0.999, "second beta of AdamW and Adam", low=0, high=1)
@@ -222,7 +222,7 @@ def start(cfg) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--device {name} is not available ({reason}); try --device cpu") from None
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if processes > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -254,7 +254,7 @@ def resolve(cfg, task: tasks.Task, body: str, patches: int):
     given |= {"steps": 3000 if field else 1500, "batch_size": 8 if field else 32}
     given |= {name: value for name, value in task.settings.items() if hasattr(cfg, name)}
     cfg = replace(cfg, **{name: getattr(cfg, name) or value for name, value in given.items()})
-    cfg = replace(cfg, body_lr=cfg.body_lr or cfg.lr / (1 if "random:" in cfg.body else 10))
+    cfg = replace(cfg, body_lr=cfg.body_lr or cfg.lr * (1 if "random:" in cfg.body else 0.3))
     if cfg.epochs < 0:
         epoch = math.ceil(len(task.train) / cfg.batch_size)  # steps
         cfg = replace(cfg, epochs=max(FEWEST, math.ceil(cfg.steps / epoch)))

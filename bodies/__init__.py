@@ -213,6 +213,7 @@ def _image(place: str, untrained: bool, patches: int, drop_path: float) -> nn.Mo
     side = kind.patch_embed.patch_size[0] * math.isqrt(patches)
     sizes = {"num_classes": 0, "drop_path_rate": drop_path, "img_size": side}
     model = timm.create_model(place, pretrained=False, **sizes)
+    model.arguments = {**_arguments(name), "img_size": side}  # for describe()
     if untrained:
         return spread(model)
     _load_timm(model)
@@ -220,6 +221,16 @@ def _image(place: str, untrained: bool, patches: int, drop_path: float) -> nn.Mo
         of_timm = model.pretrained_cfg.get("hf_hub_id")
         model.commit = hub.commit(*hub.address(name if "/" in name else of_timm or name))
     return model
+
+
+def _arguments(name: str) -> dict:
+    """The arguments of timm's own function that config.json changes, of a folder or hub name."""
+    from timm.models import load_model_config_from_hf
+
+    if Path(name).is_dir():
+        config = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
+        return config.get("model_args", {})
+    return load_model_config_from_hf(name)[2] if "/" in name else {}
 
 
 def _load_timm(model: nn.Module) -> None:
@@ -271,10 +282,8 @@ def describe(model: nn.Module) -> dict:
     if hasattr(model, "encoder"):
         rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         return {"library": "transformers", "config": model.config.to_dict() | rates, **commit}
-    left_out = ("num_classes", "drop_path_rate")
-    sizes = {key: value for key, value in model._model_args.items() if key not in left_out}
     name = model.pretrained_cfg["architecture"]
-    return {"library": "timm", "name": name, "sizes": sizes, **commit}
+    return {"library": "timm", "name": name, "sizes": model.arguments, **commit}
 
 
 def rebuild(saved: dict) -> nn.Module:
