@@ -410,7 +410,7 @@ class Mixer(nn.Module):
         z_t = model.f_t(x_t)  # (B, N, D)
         if k == 0:  # the limit of what follows: both losses are of the same z_t
             return (plain + w) * task.loss(model.h_t(model.g(z_t)), y_t), z_t.new_zeros(())
-        x_s, y_s = self.source.x[rows].to(x_t.device), self.source.y[rows].to(x_t.device)
+        x_s, y_s = (run.moved(v[rows]) for v in (self.source.x, self.source.y))
         z_s = self.f_s(x_s)  # (B, N_s, D)
         s_t, s_s = self.gate(z_t), self.gate(z_s, source=True)
         z_mix = replace_patches(z_t, z_s, s_t, s_s, k, cfg.select, cfg.replace == "lowest")

@@ -208,7 +208,9 @@ class Record:
     def step(self, lr: float, **values: Tensor) -> None:
         """Keep the numbers of a step on the device; they are read some steps later."""
         self.names = tuple(values)
-        numbers = torch.stack([torch.as_tensor(v).detach().float() for v in values.values()])
+        on = {"dtype": torch.float32, "device": Process.device}  # careful: of one device, all
+        shown = [v if isinstance(v, Tensor) else torch.full((), v, **on) for v in values.values()]
+        numbers = torch.stack([v.detach().float() for v in shown])
         self.pending.append((self.batch, lr, numbers))
         if len(self.pending) >= READ_EVERY:
             self.read()

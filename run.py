@@ -286,6 +286,12 @@ def batches(dataset, cfg, seed: int) -> DataLoader:
     return DataLoader(dataset, batch_sampler=order, generator=rng, collate_fn=_collate, **how)
 
 
+def moved(v: torch.Tensor) -> torch.Tensor:
+    """A tensor of the CPU on the device of this process; nobody waits for the copy to end."""
+    pinned = v.pin_memory() if Process.device.type == "cuda" else v
+    return pinned.to(Process.device, non_blocking=True)
+
+
 def parts(batch, pieces: int, weigh: Callable) -> Iterator[tuple]:
     """The parts of this process' share of a batch: x and y on the device, weight, share.
 

@@ -32,7 +32,7 @@ def bce(out: Tensor, y: Tensor, pos_weight: float = 1.0) -> Tensor:
     out: logits; y: 0, 1 or NaN (left out), of the same shape. 0 if every entry is unknown.
     """
     known, y = _known(out, y)
-    weight = out.new_tensor(pos_weight)
+    weight = out.new_full((), pos_weight)  # new_tensor() would wait for the GPU
     each = F.binary_cross_entropy_with_logits(out, y, pos_weight=weight, reduction="none")
     return _mean(each, known)
 
