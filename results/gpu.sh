@@ -43,13 +43,13 @@ runs_of() {  # SIZE...: every script on two tasks in two precisions, several at 
     for task in satellite darcy; do
         for precision in fp32 bf16; do
             for script in orca pare proposed; do
-                [ -n "$tiny" ] && [ $task-$precision != satellite-fp32 ] && continue
+                [ -n "$tiny" ] && [ $script-$task-$precision != pare-satellite-fp32 ] && continue
                 echo "$script.py --task $task --precision $precision" \
                     "--out $runs/$script-$task-$precision"
             done
         done
     done | OMP_NUM_THREADS=1 xargs -P "$jobs" -I{} sh -c \
-        "timeout -k 5 100 python {} --device $device --overwrite $* > /dev/null || echo failed: {}"
+        "timeout --foreground -k 5 100 python {} --device $device --overwrite $* > /dev/null || echo failed: {}"
     python results/collect.py --csv "$OUT/gpu_runs.csv" "$runs"/*
     PYTHONPATH=results:${PYTHONPATH:-} python - "$OUT/gpu_runs.csv" "$device" <<'END'
 import sys
