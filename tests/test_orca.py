@@ -322,6 +322,7 @@ def test_a_run_is_not_overwritten_unasked(run):
         orca.main(cfg)
 
 
+@pytest.mark.slow
 def test_bf16_runs_and_stays_close(run, tmp_path):
     cfg, result, out = run
     half = orca.main(orca.configure(**{**vars(cfg), "out": str(tmp_path), "precision": "bf16"}))

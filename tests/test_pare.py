@@ -270,7 +270,8 @@ def test_a_run_learns_and_writes_everything(run):
     names = names.split()
     assert sorted(p.name for p in out.iterdir()) == sorted(names)
     keys = "method task data body source seed metric test_error val_error epochs train_size spikes"
-    assert list(result) == [*keys.split(), "time_s", "params_m", "device", "precision"]
+    keys += " time_s params_m device precision converged baselines"
+    assert list(result) == keys.split()
     assert json.loads((out / "result.json").read_text()) == result
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["k"] for row in rows] == [16, 11, 5, 0]  # 70 % of 23 patches at first
@@ -287,6 +288,7 @@ def test_the_same_seed_gives_the_same_result(run, tmp_path):
     assert pare.main(pare.configure(**other))["val_error"] != result["val_error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_stays_close(run, tmp_path, precision):
     cfg, result, out = run

@@ -17,7 +17,7 @@ import pare
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELLED = {"otdd": "D", "mmd": "M", "orca": "O", "pare": "P", "contrast": "N", "proposed": "N"}
-TESTS = {"proposed": ("proposed", "contrast")}  # files, where not only that of the same name
+FILES = {"proposed": ("proposed", "contrast")}  # where not only those of the same name
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PYTHON = [
     file
@@ -35,9 +35,10 @@ def test_every_equation_is_stated_implemented_and_tested(name):
     source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
     letter, doc = LABELLED[name], ast.get_docstring(ast.parse(source))
     stated = labels(doc, letter)
-    code = source.replace('"""' + doc, "")
+    parts = FILES.get(name, [name])
+    code = "".join((ROOT / f"{part}.py").read_text(encoding="utf-8") for part in parts)
     comments = "\n".join(re.findall(r"#.*", code))
-    files = [ROOT / "tests" / f"test_{part}.py" for part in TESTS.get(name, [name])]
+    files = [ROOT / "tests" / f"test_{part}.py" for part in parts]
     tests = re.findall(r"def test_\w+", "".join(f.read_text(encoding="utf-8") for f in files))
     tested = set(re.findall(rf"{letter}\d+", "\n".join(tests)))
     assert stated and stated == labels(source, letter), "a label that the docstring does not state"

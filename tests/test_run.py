@@ -664,7 +664,7 @@ def test_a_single_sample_is_predicted_too(unbroken, series, tmp_path):
 
 
 def test_baselines_stand_beside_the_result(series, tmp_path):
-    cfg = config("pare", series, tmp_path / "run", epochs=1, baselines=True)
+    cfg = config("pare", series, tmp_path / "run", epochs=1, baselines="on")
     result = main("pare", cfg)
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
     found = result["baselines"]
