@@ -5,6 +5,7 @@ task that it works on. A row is appended to the CSV file as soon as its run has 
 interruption loses only the runs that have not ended.
 """
 
+import argparse
 import contextlib
 import csv
 import dataclasses
@@ -32,6 +33,8 @@ if str(ROOT) not in sys.path:
 COLUMNS = ("method", "task", "seed", "test_error", "val_error", "metric", "epochs", "steps")
 COLUMNS += ("train_size", "time_s", "before_s", "spikes", "converged", "test_error_perturbed")
 COLUMNS += ("curve", "device", "torch", "commit", "command")
+DATA = ("task", "data", "data_dir", "seed", "train_size", "published", "kind", "paper")
+SOURCE = ("source", "source_size", "body", "seed", "data_dir")  # what it depends on, and its sizes
 POINTS = 20  # of a validation curve
 CODE = ("*.py", "tasks", "bodies")  # what a run executes, for the commit in its row
 
@@ -70,6 +73,25 @@ def append(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def write(path: Path, rows: list[dict]) -> None:
+    """A CSV file with a column for every key of any row."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, keys, lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(rows)} rows in {path}")
+
+
+def finished(run: Path) -> dict:
+    """The row of a run that stands in a folder: its result and the command that repeats it."""
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    made = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    script, *flags = made["command"]
+    command = shlex.join(["python", Path(script).name, *flags])
+    return {**result, "torch": made["versions"]["torch"], "command": command}
+
+
 def commit() -> str:
     """The last commit that changed what a run executes; "" outside a repository."""
     argv = ["git", "log", "-1", "--format=%h", "--", *CODE]
@@ -90,7 +112,8 @@ def work(pipe, device: str) -> None:
     matplotlib.use("Agg")
     torch.set_num_threads(1)
     run.draw_curves = lambda *args: None  # nobody looks at them
-    run.load_task = functools.partial(_cached, {}, run.load_task)
+    run.load_task = functools.partial(_kept, {}, DATA, run.load_task)
+    run.load_source = functools.partial(_kept, {}, SOURCE, run.load_source)
     while (job := pipe.recv()) is not None:
         with open(os.devnull, "w") as nowhere:
             with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
@@ -101,13 +124,12 @@ def work(pipe, device: str) -> None:
         pipe.send(answer)
 
 
-def _cached(kept: dict, load, cfg):
-    """The task of the settings; the one that was loaded last is kept."""
-    names = ("task", "data", "data_dir", "seed", "train_size", "published", "kind", "paper")
-    key = tuple(getattr(cfg, name) for name in names)
+def _kept(kept: dict, names: tuple, load, cfg, *args, **flags):
+    """load(cfg, ...), or what it gave last time if the named settings are those of last time."""
+    key = (*(getattr(cfg, name) for name in names), *args[1:], *flags.items())
     if key not in kept:
         kept.clear()
-        kept[key] = load(cfg)
+        kept[key] = load(cfg, *args, **flags)
     return kept[key]
 
 
@@ -278,3 +300,17 @@ def run_all(
             worker.process.kill()
         worker.process.join()
     return failed
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Turn finished runs into rows of a CSV file.")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("--csv", required=True, type=Path, help="a run of a row there replaces it")
+    args = parser.parse_args(argv)
+    rows = {row["command"]: row for row in read(args.csv)}
+    new = [finished(run) for run in args.runs if (run / "result.json").exists()]
+    write(args.csv, list((rows | {row["command"]: row for row in new}).values()))
+
+
+if __name__ == "__main__":
+    main()
