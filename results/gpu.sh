@@ -50,16 +50,20 @@ runs_of() {  # SIZE...: every script on two tasks in two precisions, several at 
         done
     done | OMP_NUM_THREADS=1 xargs -P "$jobs" -I{} sh -c \
         "timeout --foreground -k 5 100 python {} --device $device --overwrite $* > /dev/null || echo failed: {}"
-    python results/collect.py --csv "$OUT/gpu_runs.csv" "$runs"/*
     PYTHONPATH=results:${PYTHONPATH:-} python - "$OUT/gpu_runs.csv" "$device" <<'END'
+import json
 import sys
 from pathlib import Path
 
-import bench_gpu
-import collect
+from bench_gpu import add, hardware
 
-path, name = Path(sys.argv[1]), bench_gpu.hardware(sys.argv[2])
-collect.write(path, [{**row, "hardware": name} for row in collect.read(path)])
+path, name, shown = Path(sys.argv[1]), hardware(sys.argv[2]), ("method", "task", "precision")
+path.unlink(missing_ok=True)
+for file in sorted(Path("runs/gpu").glob("*/result.json")):
+    result = json.loads(file.read_text(encoding="utf-8"))
+    row = {key: result[key] for key in (*shown, "test_error", "val_error", "epochs", "time_s")}
+    add(row | {"hardware": name}, path)
+    print(*row.values())
 END
 }
 

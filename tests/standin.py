@@ -54,7 +54,7 @@ class Chip(torch.Tensor):
         if where is not None:
             kwargs["device"] = torch.device("cpu")
         values = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-        others = [v for v in values if not isinstance(v, Chip)]
+        others = [v for v in values if not (isinstance(v, Chip) or v._is_zerotensor())]
         index = name in ("index", "index_put_", "index_put", "_index_put_impl_")
         cls.note(op, name, args, kwargs, others, away)
         pointwise = torch.Tag.pointwise in op.tags or name == "fill_" or index
