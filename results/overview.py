@@ -49,8 +49,8 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5.2))
-    axis.set(xlim=(0, 10), ylim=(-0.05, 6.45))
+    figure, axis = plt.subplots(figsize=(8, 4.9))
+    axis.set(xlim=(0, 10), ylim=(0.3, 6.4))
     axis.axis("off")
     # the source, above
     axis.text(0.9, 5.7, "text or images\n(the source)", ha="center", va="center", size=13)
