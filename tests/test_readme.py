@@ -1,104 +1,317 @@
-"""Each command of the README: all are parsed, and run where they need no data, GPU or network."""
+"""The pages: their commands run or parse, their links lead somewhere, their code runs.
 
+`python tests/test_readme.py` writes the right line numbers into links to functions.
+"""
+
+import ast
 import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SIZES = {"README.md": 200, "RUNNING.md": 250, "CHANGELOG.md": 250, "tasks/README.md": 250}
+SIZES |= {"bodies/README.md": 250, "results/README.md": 350}  # lines at most
 METHODS = ("orca", "pare", "proposed")
-SHORT = "--epochs 1 --train-size 24 --source-size 32 --align-epochs 1 --align-samples 24"
+SHORT = "--epochs 1 --train-size 24 --source-size 32 --device cpu --baselines off"
 # What needs files, a GPU, the network or a run: parsed here, run on small files by other tests.
-ELSEWHERE = ("--data real", "--paper", "conll2003", "cuda", "--predict", "torchrun", "--track")
-ELSEWHERE += ("crop.npz", "--resume")
+ELSEWHERE = ("--data real", "--paper", "conll2003", "cuda", "--predict", "--track")
+ELSEWHERE += ("--resume", "--f-t", "--epochs 0", "bert-", "vit_", "--device cpu")
+# Flags of programs that are not ours.
+OTHERS = {"--nproc-per-node", "--logdir"}
 
 
-def commands() -> list[str]:
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, *languages: str) -> list[str]:
+    """The blocks of a page that are marked as one of the languages."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text(page), re.S | re.M)
+    return [block for language, block in found if language in languages]
+
+
+def commands(page: str) -> list[str]:
     """Every line of a block of commands, and every command within the text."""
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", TEXT, re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    rest = re.sub(r"```.*?```", "", TEXT, flags=re.S)
-    lines += re.findall(r"`((?:python|torchrun|pytest|pip|ruff) [^`]+)`", rest)
-    return list(dict.fromkeys(line.split(" #")[0].strip() for line in lines if line.strip()))
+    lines = "\n".join(blocks(page, "sh", "bash", "")).replace("\\\n", " ").splitlines()
+    rest = re.sub(r"^```.*?^```", "", text(page), flags=re.S | re.M)
+    lines += re.findall(r"`([^`\n]+)`", rest)
+    lines = (line.split(" #")[0].strip() for line in lines)
+    known = re.compile(r"(python|torchrun|pytest|pip|ruff|bash) ")
+    return list(dict.fromkeys(line for line in lines if known.match(line)))
 
 
-def of_methods() -> list[str]:
+def of_methods(*pages: str) -> list[str]:
     """The lines that start a method, without what is before and after."""
-    found = (re.search(rf"\b({'|'.join(METHODS)})\.py [^&]*", line) for line in commands())
+    lines = [line for page in pages if (ROOT / page).exists() for line in commands(page)]
+    found = (re.search(rf"\b({'|'.join(METHODS)})\.py( [^&|]*|$)", line) for line in lines)
     return list(dict.fromkeys(match[0].strip() for match in found if match))
 
 
-def test_the_two_commands_are_there():
-    assert "pip install -r requirements.txt && python pare.py --task satellite" in commands()
-    assert "pip install -r requirements.txt && pytest" in commands()
+def run(line: str, *more: str) -> int:
+    script, *argv = shlex.split(line)
+    return importlib.import_module(script[:-3]).cli([*argv, *more])
 
 
-@pytest.mark.parametrize("line", of_methods())
+def test_the_two_commands_are_lines_of_the_front_page():
+    """.ci/run looks for the second."""
+    lines = text("README.md").splitlines()
+    assert "pip install -r requirements.txt && python pare.py --task satellite" in lines
+    assert "pip install -r requirements.txt && pytest" in lines
+
+
+@pytest.mark.parametrize("line", of_methods(*SIZES))
 def test_the_line_parses(line):
     script, *argv = shlex.split(line)
-    importlib.import_module(script.removesuffix(".py")).parse_args(argv)
+    module = importlib.import_module(script.removesuffix(".py"))
+    if {"--help", "--print-config"} & set(argv):
+        return  # they end the program
+    module.parse_args(argv)
 
 
-@pytest.mark.parametrize("line", [x for x in of_methods() if not any(e in x for e in ELSEWHERE)])
+RUN = of_methods("README.md", "RUNNING.md", "bodies/README.md")
+RUN = [line for line in RUN if " -" in line and not any(e in line for e in ELSEWHERE)]
+RUN = [line for line in RUN if not line.endswith(("--help", "--print-config"))]
+
+
+@pytest.mark.parametrize("line", RUN)
 def test_the_line_runs(line, series, tmp_path, monkeypatch, capsys):
     """Shortened: one epoch on a few samples, of four classes where the task is satellite."""
     monkeypatch.chdir(tmp_path)
     Path("mine.npz").write_bytes(series.read_bytes())
-    script, *argv = shlex.split(line.replace("--task satellite", "--task mine.npz"))
-    out = [] if "--out" in argv else ["--out", "run"]
-    code = importlib.import_module(script[:-3]).cli(
-        [*argv, *SHORT.split(), "--device", "cpu", *out]
+    line = line.replace("--task satellite", "--task mine.npz")
+    short = [*SHORT.split(), *(["--align-epochs", "1"] if line.startswith("orca") else [])]
+    code, shown = run(line, *short), capsys.readouterr()
+    assert code == 0 and "result {" in shown.out, shown.err
+
+
+def test_alignment_then_another_method(series, tmp_path, monkeypatch, capsys):
+    """The lines of RUNNING.md in their order."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.npz").write_bytes(series.read_bytes())
+    (block,) = (b for b in blocks("RUNNING.md", "sh") if "--f-t" in b)
+    lines = [line.removeprefix("python ") for line in block.splitlines()]
+    assert [line.split(".")[0] for line in lines] == list(METHODS)
+    for line in lines:
+        epochs = [] if "--epochs" in line else ["--epochs", "1"]
+        task = line.replace("--task satellite", "--task mine.npz")
+        assert run(task, *epochs, "--source-size", "32", "--device", "cpu") == 0
+    assert Path("runs/aligned/f_t.safetensors").is_file()
+
+
+def programs() -> list[tuple[str, str]]:
+    """Commands of results/ and of python -m tasks.TASK, and the flags that are given to them."""
+    lines = [line for page in SIZES if (ROOT / page).exists() for line in commands(page)]
+    found = (
+        re.match(r"python ((?:results|bodies)/\w+\.py|-m tasks\.[a-z_0-9]+)\b(.*)", line)
+        for line in lines
     )
-    shown = capsys.readouterr()
-    assert code == 0 and ("result {" in shown.out or "rank" in line), shown.err
+    flags: dict[str, set] = {}
+    for match in filter(None, found):
+        flags.setdefault(match[1], set()).update(re.findall(r"--[a-z-]+", match[2]))
+    return [(program, " ".join(sorted(given))) for program, given in flags.items()]
 
 
-def test_other_commands_have_the_options_that_are_named():
-    """Of results/ and of python -m tasks.TASK: what --help lists."""
-    seen = 0
-    for line in commands():
-        if match := re.match(r"python (results/\w+\.py|-m tasks\.[a-z_0-9]+)( .*)?$", line):
-            argv = [*match[1].split(), "--help"]
-            done = subprocess.run(
-                [sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, check=True
-            )
-            for flag in re.findall(r"--[a-z-]+", match[2] or ""):
-                assert flag in done.stdout, line
-            seen += 1
-    assert seen >= 4
+@pytest.mark.parametrize(("program", "flags"), programs())
+def test_other_programs_have_the_options_that_are_named(program, flags):
+    if not flags:
+        assert (ROOT / program).is_file()
+        return
+    done = subprocess.run(
+        [sys.executable, *program.split(), "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(flags.split()) <= set(re.findall(r"--[a-z-]+", done.stdout))
 
 
-def test_a_pde_file_is_made_as_the_readme_says(tmp_path):
-    (line,) = (x for x in commands() if x.startswith("python -m tasks.advection"))
+def test_shell_scripts_that_are_named_exist():
+    named = [n for page in SIZES for n in re.findall(r"\bresults/\w+\.sh", text(page))]
+    assert named and all((ROOT / name).is_file() for name in named), named
+
+
+def settings() -> set[str]:
+    return {
+        "--" + field.name.replace("_", "-")
+        for method in METHODS
+        for field in fields(importlib.import_module(method).Config)
+    }
+
+
+def test_running_md_has_every_setting_and_no_other():
+    """But for the table of earlier flags, and those of programs that are not ours."""
+    page = text("RUNNING.md")
+    table = page[page.index("### Where earlier") : page.index("## The recipe")]
+    named = set(re.findall(r"--[a-z0-9][a-z0-9-]*", page.replace(table, "")))
+    assert settings() <= named, settings() - named
+    assert named <= settings() | OTHERS | {"--help"}, named - settings() - OTHERS
+    gone = set(re.findall(r"^\| `(--[a-z-]+)", table, re.M)) - {"--align"}
+    assert len(gone) == 8 and not gone & settings()
+
+
+def test_running_md_has_the_defaults():
+    """A cell holds those of all flags of its row, or of those that take a value, or one for all."""
+    defaults = {}
+    for method in METHODS:
+        for field in fields(importlib.import_module(method).Config):
+            defaults["--" + field.name.replace("_", "-")] = field.default
+    seen, switches = set(), {flag for flag, value in defaults.items() if isinstance(value, bool)}
+    page, _, _ = text("RUNNING.md").partition("### Where earlier")
+    for names, cell in re.findall(r"^\| (`--[^|]*)\|([^|]*)\|", page, re.M):
+        flags = re.findall(r"--[a-z0-9-]+", names)
+        shown = [v.strip(" `") for v in cell.split(";" if ";" in cell else ", ")]
+        if len(shown) != len(flags):
+            flags = [flag for flag in flags if flag not in switches]
+        shown = shown * len(flags) if len(shown) == 1 else shown
+        for flag, value in zip(flags, shown, strict=True):
+            default = defaults[flag]
+            if flag in switches or isinstance(default, str):
+                assert value == ("" if flag in switches else default), flag
+            else:
+                assert float(value) == default, flag
+        seen |= set(flags)
+    assert seen | switches == set(defaults), set(defaults) - seen - switches
+
+
+def test_a_pde_file_is_made_as_the_page_says(tmp_path):
+    lines = commands("tasks/README.md")
+    (line,) = (x for x in lines if x.startswith("python -m tasks.advection"))
     argv = shlex.split(line)[1:]
     argv[argv.index("--n") + 1], argv[argv.index("--out") + 1] = "11", str(tmp_path / "file.hdf5")
     subprocess.run([sys.executable, *argv], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "file.hdf5").stat().st_size > 1000
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """One's own file, a run from Python, its model."""
+def test_the_python_of_the_front_page_runs(tmp_path, monkeypatch, capsys):
+    """One's own file, a run from Python, its model, and a prediction from the command line."""
     monkeypatch.chdir(tmp_path)
     rng, names = np.random.default_rng(0), {}
     for part, n in (("train", 40), ("test", 10)):
-        names |= {f"x_{part}": rng.normal(size=(n, 30)), f"y_{part}": rng.integers(3, size=n)}
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block.replace("epochs=30", "epochs=1, source_size=32"), names)
-    assert names["result"]["task"] == "mine.npz"
-    assert Path("runs/pare-mine-0/model.safetensors").exists() and callable(names["model"])
+        labels = np.array(["corn", "rice", "wheat"])[rng.integers(3, size=n)]
+        names |= {f"x_{part}": rng.normal(size=(n, 30)), f"y_{part}": labels}
+    code = blocks("README.md", "python")
+    assert len(code) == 2
+    for block in code:
+        exec(block.replace("steps=1500", "epochs=1, source_size=32"), names)
+    assert names["result"]["task"] == "mine.npz" and callable(names["model"])
+    assert Path("runs/pare-mine-0/model.safetensors").exists()
+    np.save("x.npy", names["x_test"])
+    (line,) = (x for x in of_methods("README.md") if "--predict" in x)
+    assert run(line) == 0, capsys.readouterr().err
+    assert set(np.load("y.npy")) <= {"corn", "rice", "wheat"}
 
 
-def test_links_within_the_page_lead_to_a_heading():
-    headings = re.findall(r"(?m)^##+ (.*)$", TEXT)
-    anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
-    links = re.findall(r"\]\(#([^)]+)\)", TEXT)
-    missing = set(links) - anchors
-    assert links and not missing, missing
+@pytest.mark.parametrize("page", ["tasks/README.md", "bodies/README.md"])
+def test_the_python_of_other_pages_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng, names = np.random.default_rng(0), {}
+    for part in ("train", "test"):
+        names |= {f"x_{part}": rng.normal(size=(20, 9)), f"y_{part}": rng.integers(3, size=20)}
+    assert blocks(page, "python")
+    for block in blocks(page, "python"):
+        exec(block, names)
+
+
+# ---- links ----
+
+
+def anchors(page: Path) -> set[str]:
+    """What a code host makes of the headings of a page, its blocks of code left out."""
+    rest = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.*)$", rest, re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def links(page: str) -> list[str]:
+    rest = re.sub(r"^```.*?^```", "", text(page), flags=re.S | re.M)
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", rest) if "://" not in link]
+
+
+@pytest.mark.parametrize("page", SIZES)
+def test_links_lead_to_a_file_and_a_heading(page):
+    for link in links(page):
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), link
+
+
+def lines_of(file: Path) -> dict[str, int]:
+    """The line of every class and function, methods as Class.method."""
+    found = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node.lineno
+            for part in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(part, ast.FunctionDef):
+                    found[f"{node.name}.{part.name}"] = part.lineno
+    return found
+
+
+def with_lines(page: str) -> str:
+    """The text of a page in which links such as [`pare.Gate`](pare.py#L1) have the right line."""
+
+    def mended(match: re.Match) -> str:
+        name, file = match[1], (ROOT / page).parent / match[2]
+        name = name.removeprefix(f"{file.stem}.")
+        return f"[`{match[1]}`]({match[2]}#L{lines_of(file)[name]})"
+
+    return re.sub(r"\[`([\w.]+)`\]\(([\w/.]+\.py)#L\d+\)", mended, text(page))
+
+
+@pytest.mark.parametrize("page", [page for page in SIZES if (ROOT / page).exists()])
+def test_links_to_functions_lead_to_their_lines(page):
+    assert with_lines(page) == text(page), "run: python tests/test_readme.py"
+
+
+IDEAS = "otdd_naive align freeze Gate patches_to_replace replace_patches Mixer.losses chain literal"
+IDEAS += " label_weights preserved_by_slope predict_perturbed mmd2_naive wasserstein Model"
+
+
+def test_every_idea_of_the_slides_is_one_hop_from_the_front_page():
+    named = re.findall(r"\[`([\w.]+)`\]\(\w+\.py#L\d+\)", text("README.md"))
+    missing = set(IDEAS.split()) - set(named) - {name.split(".")[-1] for name in named}
+    assert not missing, missing
+
+
+# ---- sizes, figure ----
+
+
+@pytest.mark.parametrize(("page", "most"), SIZES.items())
+def test_a_page_is_no_longer_than_can_be_read(page, most):
+    assert len(text(page).splitlines()) <= most
+
+
+def test_nothing_is_left_to_fill_in():
+    for page in ("README.md", "RUNNING.md"):
+        assert not re.search(r"TODO|FIXME|XXX|<!--", text(page)), page
+
+
+def test_the_figure_is_drawn_by_its_script(tmp_path):
+    import matplotlib.image
+
+    assert "(results/overview.png)" in text("README.md")
+    place = ROOT / "results" / "overview.py"
+    spec = importlib.util.spec_from_file_location("overview", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.draw(tmp_path / "drawn.png")
+    drawn = matplotlib.image.imread(tmp_path / "drawn.png")
+    kept = matplotlib.image.imread(place.with_suffix(".png"))
+    assert drawn.shape == kept.shape and abs(drawn - kept).mean() < 0.02
+
+
+if __name__ == "__main__":
+    for name in SIZES:
+        if (ROOT / name).exists():
+            (ROOT / name).write_text(with_lines(name), encoding="utf-8")

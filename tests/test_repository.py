@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -174,10 +175,37 @@ def test_notebooks_were_run_from_top_to_bottom(path):
     assert path.stat().st_size < 1_500_000
 
 
-def test_files_that_the_readme_names_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / target).exists(), target
+PAGES = sorted(set(ROOT.glob("*.md")) | set(ROOT.glob("*/README.md")) | set(ROOT.glob("*/*/*.md")))
+
+
+def test_pages_name_no_path_of_one_machine():
+    assert len(PAGES) > 8
+    for page in PAGES:
+        found = re.search(
+            r"(?<![\w.])/(home|root|tmp|work|Users)/", page.read_text(encoding="utf-8")
+        )
+        assert not found, page
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest, date = re.search(r"^## ([\d.]+), (.*)$", changes, re.M).groups()
+    assert f"\nversion: {newest}\n" in cited and f"\ndate-released: {date}\n" in cited
+    assert project["version"] == newest
+
+
+WORKS = {"2302.05738": "Shen et al. 2023", "2406.09003": "Cai et al. 2024"}
+WORKS |= {"2403.13537": "García-de-Herreros et al. 2024", "A Kernel": "Gretton et al. 2012"}
+WORKS |= {"2002.02923": "Alvarez-Melis and Fusi 2020", "2110.05668": "Tu et al. 2022"}
+WORKS |= {"2210.07182": "Takamoto et al. 2022"}
+
+
+@pytest.mark.parametrize(("work", "name"), WORKS.items())
+def test_what_is_implemented_is_cited(work, name):
+    assert work in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert name in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
 def test_git_holds_nothing_large():
