@@ -1,9 +1,11 @@
 """The pages: their commands run or parse, their links lead somewhere, their code runs.
 
-`python tests/test_readme.py` writes the right line numbers into links to functions.
+`python tests/test_readme.py` writes what changes with the code and the rows: the line numbers in
+links to functions, and the means in the front page's table of results.
 """
 
 import ast
+import csv
 import importlib
 import importlib.util
 import re
@@ -284,6 +286,74 @@ def test_every_idea_of_the_slides_is_one_hop_from_the_front_page():
     assert not missing, missing
 
 
+# ---- numbers ----
+
+ROW = r"^\| (`[\w.]+`: [^|]*) \|.*\|$"  # of the table of results: a task and what it is
+PLAIN = {"NFT": "orca.py", "ORCA": "orca.py", "PaRe": "pare.py", "proposed": "proposed.py"}
+
+
+def rows(name: str) -> list[dict]:
+    with (ROOT / "results" / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def with_means(page: str) -> str:
+    """The front page with the means over the seeds of results/all_tasks.csv in its table."""
+
+    def line(match: re.Match) -> str:
+        task, about = re.match(r"`([\w.]+)`: (.*)", match[1]).groups()
+        size = re.match(r"\d+", about if task.endswith(".npz") else "")
+        cells = []
+        for method, script in PLAIN.items():
+            want = f"python {script} --task {task} --seed SEED"
+            want += " --align none" if method == "NFT" else ""
+            want += f" --train-size {size[0]}" if size else ""
+            errors = [
+                float(row["test_error"])
+                for row in rows("all_tasks.csv")
+                if row["command"] == want.replace("SEED", row["seed"])
+            ]
+            mean = sum(errors) / max(1, len(errors))
+            cells.append(f"{mean:.3f} ({len(errors)})" if errors else "-")
+        return f"| {match[1]} | {' | '.join(cells)} |"
+
+    return re.sub(ROW, line, page, flags=re.M)
+
+
+def test_the_results_are_means_of_rows():
+    page = text("README.md")
+    assert len(re.findall(ROW, page, re.M)) >= 4
+    assert with_means(page) == page, "run: python tests/test_readme.py"
+
+
+def test_what_is_said_of_the_gpu_is_in_the_rows():
+    tests = rows("gpu_tests.csv")
+    front, page = " ".join(text("README.md").split()), text("RUNNING.md")
+    assert f" {sum(int(row['passed']) for row in tests)} tests passed" in front
+    assert not any(int(row["failed"]) for row in tests)
+    for row in rows("gpu_steps.csv"):
+        if row["task"] != "satellite" or row["variant"] not in ("fp32", "tf32"):
+            continue
+        assert row["device"].endswith("H200") and row["batch"] == "64"
+        assert f" {float(row['step_s']):.3f} s " in page
+        assert f" {float(row['peak_gb']):.1f} GB " in page
+        if row["method"] == "pare":
+            assert f" {float(row['step_s']):.3f} s" in front
+
+
+def test_what_is_said_of_the_body_s_rate_is_in_the_rows():
+    page = " ".join(text("RUNNING.md").split())
+    for task in ("satellite", "semg.npz", "crop.npz", "advection"):
+        found = {}
+        for row in rows("recipe.csv"):
+            lr, body_lr = re.search(r"--lr (\S+) --body-lr (\S+)", row["command"]).groups()
+            if row["task"] == task and lr == "0.002":
+                found[body_lr] = float(row["val_error"])
+        digits = 4 if task == "advection" else 3
+        low, high = (f"{found[rate]:.{digits}f}" for rate in ("0.0002", "0.0006"))
+        assert re.search(rf"{low}( with a tenth)? and (of )?{high}", page), (task, low, high)
+
+
 # ---- sizes, figure ----
 
 
@@ -315,3 +385,4 @@ if __name__ == "__main__":
     for name in SIZES:
         if (ROOT / name).exists():
             (ROOT / name).write_text(with_lines(name), encoding="utf-8")
+    (ROOT / "README.md").write_text(with_means(text("README.md")), encoding="utf-8")
