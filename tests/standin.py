@@ -50,11 +50,11 @@ class Chip(torch.Tensor):
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), op.overloadpacket.__name__
         where = kwargs.get("device")
-        away = where is not None and torch.device(where).type == "cpu"
-        if where is not None:
+        away = where is not None and torch.device(where).type != "chip"
+        if where is not None and not away:
             kwargs["device"] = torch.device("cpu")
         values = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-        others = [v for v in values if not (isinstance(v, Chip) or v._is_zerotensor())]
+        others = [v for v in values if not isinstance(v, Chip)]
         index = name in ("index", "index_put_", "index_put", "_index_put_impl_")
         cls.note(op, name, args, kwargs, others, away)
         pointwise = torch.Tag.pointwise in op.tags or name == "fill_" or index
@@ -66,7 +66,12 @@ class Chip(torch.Tensor):
             raise RuntimeError(f"{name}: expected a generator of the chip, found one of the CPU")
 
         raw_args, raw_kwargs = tree_map_only(Chip, lambda v: v.raw, (args, kwargs))
-        out = op(*raw_args, **raw_kwargs)
+        try:
+            out = op(*raw_args, **raw_kwargs)
+        except NotImplementedError:  # in half precision: what the CPU lacks and a GPU has
+            half = next(v.dtype for v in values if v.dtype in (torch.bfloat16, torch.float16))
+            out = op(*tree_map_only(torch.Tensor, torch.Tensor.float, raw_args), **raw_kwargs)
+            out = tree_map_only(torch.Tensor, lambda v: v.to(half), out)
         if away:
             return out
         if name == "copy_":
@@ -90,6 +95,7 @@ class Chip(torch.Tensor):
         blocking = not (
             kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
         )
+        away = away and torch.device(kwargs["device"]).type == "cpu"
         across = away if name == "_to_copy" else name == "copy_" and others and blocking
         if name in WAITS or masks or across:
             cls.waits.append(name)
