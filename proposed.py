@@ -314,7 +314,7 @@ class Model(nn.Module):
         self.f_t = embedder(net, x_shape, patches, init)
         self.g = bodies.adapt(net, self.f_t.grid)
         self.h_t = Predictor(self.g.maps, out_shape)
-        self.kind, self.levels = kind, contrast.noise_levels(*noise)
+        self.kind, self.levels = kind, contrast.noise_levels(*noise)  # (N1)
         self.prediction, self.draws = prediction
 
     def features(self, x: Tensor) -> Tensor:
