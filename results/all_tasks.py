@@ -89,6 +89,10 @@ STUDIES = {
         if name != "FPT"
     },
 }
+# One after the other in this order, so that each kind of data is seen early.
+ORDER = ("satellite", "advection", "ninapro", "burgers", "ecg", "darcy_2d", "cifar100", "deepsea")
+ORDER += ("diffusion_reaction_1d", "shallow_water", "fsd50k", "diffusion_sorption", "spherical")
+ORDER += ("navier_stokes_1d", "darcy", "diffusion_reaction_2d", "psicov", "cosmic")
 STUDIED = ("satellite", "ninapro", "ecg", "cifar100")
 CLASSES = {"satellite": 24, "ecg": 4, "ninapro": 18, "cifar100": 100}
 K0 = {"satellite": 8, "ecg": 18, "ninapro": 90, "cifar100": 90}  # 35 % of 23, 50, 256, 256 patches
@@ -155,7 +159,8 @@ def simple_job(task: str, seed: int) -> collect.Job:
 def groups_of(args, files: dict, done: set[str]) -> list[list]:
     """What is to be run: seed by seed, study by study; the methods of a task in one group.
 
-    Within a seed, groups that take long come first, so that no worker is left with one at the end.
+    With several workers, groups that take long come first within a seed, so that no worker is left
+    with one at the end.
     """
     groups = []
     for seed in args.seeds:
@@ -172,7 +177,9 @@ def groups_of(args, files: dict, done: set[str]) -> list[list]:
                     of_seed += [[j for j in jobs if j.method.endswith(f", {n}")] for n in names]
                 else:
                     of_seed.append(jobs)
-            groups += sorted(of_seed, key=lambda jobs: -sum(job.guess for job in jobs))
+            if args.jobs > 1:
+                of_seed.sort(key=lambda jobs: -sum(job.guess for job in jobs))
+            groups += of_seed
     return [group for group in groups if group]
 
 
@@ -194,7 +201,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.tiny and args.csv.resolve() == (RESULTS / "all_tasks.csv").resolve():
         parser.error("rows of --tiny are no results; give another --csv")
     if args.tasks is None and not args.npz:
-        args.tasks = list(tasks.NAMES if args.study == ["large"] or args.simple else STUDIED)
+        args.tasks = list(ORDER if args.study == ["large"] or args.simple else STUDIED)
     return args
 
 
@@ -203,7 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     paths = [Path(text) for text in args.npz]  # the size is a part of the name here
     files = {path.name.partition(":")[0]: str(path).partition(":")[0] for path in paths}
     args.tasks = [*(args.tasks or []), *(path.name for path in paths)]
-    done = {row["command"] for row in collect.read(args.csv)}
+    there = [args.csv, *([] if args.tiny else RESULTS.glob("*all_tasks.csv"))]
+    done = {row["command"] for path in there for row in collect.read(path)}
     groups = groups_of(args, files, done)
     if args.dry_run:
         print(*(job.command for group in groups for job in group), sep="\n")

@@ -36,7 +36,7 @@ COLUMNS += ("curve", "device", "torch", "commit", "command")
 DATA = ("task", "data", "data_dir", "seed", "train_size", "published", "kind", "paper")
 SOURCE = ("source", "source_size", "body", "seed", "data_dir")  # what it depends on, and its sizes
 POINTS = 20  # of a validation curve
-CODE = ("*.py", "tasks", "bodies")  # what a run executes, for the commit in its row
+CODE = (":(glob)*.py", ":(glob)tasks/**/*.py", ":(glob)bodies/**", ":(exclude)bodies/README.md")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +93,8 @@ def finished(run: Path) -> dict:
 
 
 def commit() -> str:
-    """The last commit that changed what a run executes; "" outside a repository."""
-    argv = ["git", "log", "-1", "--format=%h", "--", *CODE]
+    """The last commit that changed what a run executes (CODE); "" outside a repository."""
+    argv = ["git", "log", "-1", "--no-merges", "--format=%h", "--", *CODE]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 

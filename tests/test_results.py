@@ -1,45 +1,294 @@
-"""The numbers: baselines that are right, rows with their commands, a README that agrees."""
+"""The numbers: rows with commands that repeat them, a page that agrees with them."""
 
+import csv
 import importlib
-import importlib.util
 import json
-import re
+import math
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "results"))
+import all_tasks  # noqa: E402 (results/ has to be on the path first)
+import collect  # noqa: E402
+import faults  # noqa: E402
+import table  # noqa: E402
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "results" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def config_of(command):
+    """The settings that a command line means."""
+    name, *argv = shlex.split(command)[1:]
+    return importlib.import_module(name.removesuffix(".py")).parse_args(argv)
 
 
-def test_baselines_of_a_file_of_ones_own(series, tmp_path):
-    csv = tmp_path / "b.csv"
-    found = script("baselines").main(["--task", str(series), "--csv", str(csv)])
-    assert list(found) == ["majority class", "1-NN", "logistic regression"]
-    labels = [int(y) for _, y in tasks.load_task(str(series)).train]
-    common = max(range(4), key=labels.count)
-    wrong = (np.load(series)["y_test"] != common).mean()
-    assert found["majority class"] == pytest.approx(wrong)
-    assert found["1-NN"] < 0.5 and found["logistic regression"] < 0.5
-    assert len(csv.read_text().splitlines()) == 4
+def job(*flags, method="NFT", script="orca.py", seed=0):
+    line = shlex.join(["python", script, "--task", "satellite", "--seed", str(seed), *flags])
+    return collect.Job(
+        method, "satellite", seed, line, extra=("--train-size", "24", "--steps", "2")
+    )
 
 
-def test_collected_rows_carry_their_command(tmp_path):
-    collect, file = script("collect"), tmp_path / "rows.csv"
+# ---- the rows ----
+
+
+def test_every_row_is_of_a_run_with_default_settings_that_its_command_repeats():
+    rows, seen = table.all_rows(), set()
+    for row in rows:
+        assert row["device"] and row["torch"] and row["command"]
+        if row["method"] in table.SIMPLE:
+            continue
+        assert row["command"] not in seen and row["commit"]
+        seen.add(row["command"])
+        cfg = config_of(row["command"])
+        assert (cfg.task, str(cfg.seed)) == (row["task"], row["seed"])
+        assert (cfg.epochs, cfg.steps, cfg.batch_size, cfg.body_lr) == (-1, 0, 0, 0)
+        assert int(row["steps"]) >= 1500 and int(row["epochs"]) >= 15
+        if not row["task"].endswith(".npz"):
+            task, seed = row["task"], int(row["seed"])
+            known = {j.command for s in all_tasks.STUDIES for j in jobs(s, task, seed)}
+            assert row["command"] in known
+
+
+def jobs(study, task, seed):
+    if study == "large" or task in all_tasks.STUDIED:
+        return all_tasks.jobs_of(study, task, seed, {}, False)
+    return []
+
+
+def test_all_methods_of_a_task_have_the_same_epochs():
+    epochs = {}
+    for row in table.all_rows():
+        if row["method"] not in table.SIMPLE:
+            epochs.setdefault((row["task"], row["train_size"]), set()).add(row["epochs"])
+    assert all(len(found) == 1 for found in epochs.values())
+
+
+# ---- the page ----
+
+
+def test_the_page_is_what_the_rows_say():
+    text = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    assert text == table.page(), "run python results/table.py"
+    assert len(text.splitlines()) <= 350
+
+
+def invented(effects, seeds=3):
+    """Rows of all methods on all tasks: {method: error over NFT's}, a little off in each run."""
+    rows = []
+    for task in tasks.NAMES:
+        for seed in range(seeds):
+            for i, made in enumerate(all_tasks.jobs_of("large", task, seed, {}, False)):
+                off = 0.01 * math.sin(17 * len(rows) + i)
+                row = {"method": made.method, "task": task, "seed": str(seed), "metric": "error"}
+                row |= {"test_error": 0.2 * effects.get(made.method, 1.0) * (1 + off)}
+                row |= {"val_error": 0.2, "epochs": "20", "train_size": "99", "time_s": "10"}
+                row |= {"before_s": "2", "spikes": "0", "converged": "True", "curve": "0.4 0.2"}
+                row |= {"test_error_perturbed": row["test_error"], "device": "CPU", "torch": "2"}
+                rows.append(row | {"commit": "abc", "command": made.command})
+    return rows
+
+
+def test_words_follow_the_numbers(monkeypatch, tmp_path):
+    """The same page from rows in which PaRe is better and from rows in which it is worse."""
+    for factor, verb in ((0.8, "lowers"), (1.25, "raises")):
+        rows = invented({"PaRe": factor, "scratch": 1.5, "FPT": 2.0})
+        monkeypatch.setattr(table, "all_rows", lambda rows=rows: rows)
+        text = table.page()
+        assert (
+            f"**Patch replacement** (PaRe against NFT) {verb} the error on series, images" in text
+        )
+        assert "**Alignment** (ORCA against NFT) makes no difference beyond chance" in text
+        assert (
+            "**Pretraining** (plain fine-tuning (NFT) against the same body untrained) lowers"
+            in text
+        )
+        assert f"`pare.py` {verb} the error beside ORCA" in text
+        assert "324 of 324 runs" in text and len(text.splitlines()) <= 350
+    rows = {row["command"]: row for row in invented({"PaRe": 0.8})}
+    table.figure(rows, tmp_path / "figure.png")
+    assert 20_000 < (tmp_path / "figure.png").stat().st_size < 200_000
+
+
+def test_nothing_is_said_of_fewer_than_three_runs(monkeypatch):
+    monkeypatch.setattr(table, "all_rows", lambda: invented({"PaRe": 0.5}, seeds=1))
+    rows = {row["command"]: row for row in table.all_rows() if row["task"] == "satellite"}
+    assert table.answers(rows) == "" and table.ranks(rows) == "" and table.claims(rows) == ""
+    assert table.sign([-1.0, -1.1]) == 0 and table.sign([-1.0, -1.1, -0.9]) == -1
+
+
+def test_errors_are_paired_by_seed():
+    runs, base = (
+        {s: {"test_error": e} for s, e in d.items()} for d in ({0: 1, 1: 4}, {1: 2, 2: 9})
+    )
+    assert table.log_ratios(runs, base) == [pytest.approx(math.log(2))]
+
+
+def test_ranks_are_wilcoxon_s_with_holm_s_correction():
+    from scipy import stats
+
+    effects = {"PaRe": 0.8, "scratch": 1.5, "FPT": 2.0}
+    found = {row["command"]: row for row in invented(effects)}
+    lines = [line.strip("| ").split(" | ") for line in table.ranks(found).splitlines()[2:]]
+    assert [lines[0][0], lines[-2][0], lines[-1][0]] == ["PaRe", "scratch", "FPT"]
+    assert lines[0][1] == "1.00" and lines[-1][1] == "6.00"
+    p = stats.wilcoxon([-1.0 - i for i in range(18)]).pvalue
+    assert lines[0][-1] == f"{5 * p:.2g}"  # the smallest of five
+    assert float(lines[0][2]) == pytest.approx(0.8, abs=0.01)
+
+
+def test_time_to_a_target_counts_what_came_before():
+    row = {"curve": "0.5 0.3 0.3 0.1", "time_s": "50", "before_s": "10"}
+    assert table.time_to(row, 0.3) == 30 and table.time_to(row, 0.1) == 50
+    assert table.time_to(row, 0.05) == math.inf
+
+
+def test_numbers_are_readable():
+    assert table.percent(math.log(0.93)) == "-7 %" and table.percent(-1e-4) == "0 %"
+    assert table.listed(["a", "b", "c"]) == "a, b and c" and table.listed(["a"]) == "a"
+    assert table.spread([0.1, 0.3]) == "0.200 (0.1)" and table.spread([]) == "-"
+    assert table.bold_least(["a", "b", "c"], [2.0, math.nan, 1.0]) == ["a", "b", "**c**"]
+
+
+# ---- the commands ----
+
+
+def test_all_tasks_is_every_method_on_every_task_with_every_seed():
+    groups = all_tasks.groups_of(all_tasks.parse_args([]), {}, set())
+    commands = [made.command for group in groups for made in group]
+    assert len(set(commands)) == len(commands) == 18 * 6 * 3
+    assert {made.task for group in groups[:18] for made in group} == set(tasks.NAMES)
+    assert all(made.seed == 0 for group in groups[:18] for made in group)
+    for group in groups:  # all methods of a task and seed
+        assert [made.method for made in group] == list(all_tasks.METHODS)
+
+
+@pytest.mark.parametrize("study", all_tasks.STUDIES)
+def test_every_command_of_every_study_is_understood_and_new(study):
+    task_names = tasks.NAMES if study == "large" else all_tasks.STUDIED
+    made = [j for task in task_names for j in all_tasks.jobs_of(study, task, 1, {}, False)]
+    settings = [config_of(j.command) for j in made]
+    assert len(set(settings)) == len(made)
+    assert all(cfg.seed == 1 and cfg.task == j.task for cfg, j in zip(settings, made, strict=True))
+    default = {config_of(j.command) for t in task_names for j in jobs("large", t, 1)}
+    assert study == "large" or not default & set(settings)
+
+
+def test_a_third_of_the_patches_is_what_the_tasks_have():
+    import bodies
+    import orca
+    import pare
+    import run
+
+    for name in all_tasks.STUDIED:
+        task = tasks.load_task(name, train_size=100)
+        axes = len(task.x_shape)
+        cfg = pare.configure(task=name, gate="random")
+        cfg = run.resolve(cfg, task, bodies.TINY[axes], bodies.PATCHES[axes])
+        net, _ = bodies.load_body(cfg.body, task.x_shape, cfg.patches)
+        shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
+        N = math.prod(orca.Model(net, **shape).f_t.grid)
+        assert all_tasks.K0[name] == round(0.35 * N), N
+        assert task.num_classes == all_tasks.CLASSES[name]
+
+
+def test_a_file_of_ones_own_is_found_and_its_command_is_short(series, capsys):
+    all_tasks.main(["--npz", f"{series}:40", "--seeds", "3", "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and str(series.parent) not in lines[0]
+    want = f"python orca.py --task {series.name} --seed 3 --align none --train-size 40"
+    assert lines[0] == want and "random:tiny_roberta" in lines[4]
+
+
+def test_tiny_runs_are_no_results(capsys):
+    with pytest.raises(SystemExit):
+        all_tasks.main(["--tiny"])
+    assert "give another --csv" in capsys.readouterr().err
+
+
+# ---- the runner ----
+
+
+def test_a_group_that_was_begun_comes_before_a_new_one_and_a_new_one_has_to_fit():
+    first, second = [job(seed=0), job(seed=1)], [job(seed=2), job(seed=3)]
+
+    def free(group=None):
+        return type("Free", (), {"group": group})()
+
+    seconds = {0: 10, 1: 10, 2: 30, 3: 30}
+
+    def choose(worker, waiting, open_groups, left, idle=1):
+        estimate = lambda j: seconds[j.seed]  # noqa: E731
+        return collect.choose(worker, waiting, open_groups, left, estimate, idle)
+
+    waiting, open_groups = [second], [first]
+    assert choose(free(first), waiting, open_groups, 100) is first  # its own
+    assert choose(free(), waiting, open_groups, 59) is first  # 60 s do not fit: it helps
+    assert choose(free(), waiting, open_groups, 59, idle=2) is second  # two workers make it
+    assert waiting == [] and open_groups == [first, second]
+    assert choose(free(), [], [first, second], 20) is first  # the longer one would not end
+    assert choose(free(), [], [first, second], 5) is None
+
+
+def test_rows_are_added_below_one_header(tmp_path):
+    for error in (0.1, 0.2):
+        collect.append(tmp_path / "rows.csv", [{"method": "NFT", "test_error": error}])
+    rows = collect.read(tmp_path / "rows.csv")
+    assert [row["test_error"] for row in rows] == ["0.1", "0.2"]
+    assert tuple(rows[0]) == collect.COLUMNS
+
+
+def test_what_a_worker_keeps_is_of_the_same_settings():
+    calls = []
+    kept, load = {}, lambda cfg, size: calls.append((cfg.a, size)) or len(calls)
+    cfg = {a: type("Config", (), {"a": a})() for a in (1, 2)}
+    asked = [(1, 8), (1, 8), (1, 9), (2, 9), (1, 9)]
+    found = [collect._kept(kept, ("a",), load, cfg[a], size) for a, size in asked]
+    assert calls == [(1, 8), (2, 9), (1, 9)] or calls == [(1, 8), (1, 9), (2, 9), (1, 9)]
+    assert found[0] == found[1] and len(set(found)) == len(calls)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_worker_is_the_run_of_its_command(tmp_path, capfd):
+    """Four runs of two seeds in one worker, one of which fails; each as it is alone."""
+    import orca
+
+    kinds = [("--align", "none"), (), ("--align", "none", "--lr", "-1")]
+    groups = [[job(*flags, seed=seed) for flags in kinds[: 2 + seed]] for seed in (0, 1)]
+    file = tmp_path / "rows.csv"
+    assert collect.run_all(groups, file, 1, "cpu", 300, "abc") == 1
+    out, err = capfd.readouterr()
+    assert "FAILED" in err and "--lr" in err and "5/5" in out
+    rows = {row["command"]: row for row in collect.read(file)}
+    assert len(rows) == 4
+    torch.set_num_threads(1)
+    for line, row in rows.items():
+        argv = [*shlex.split(line)[2:], *groups[0][0].extra, "--out", str(tmp_path / row["seed"])]
+        result = orca.main(orca.parse_args([*argv, "--overwrite", "--device", "cpu"]))
+        assert float(row["test_error"]) == pytest.approx(result["test_error"], abs=2e-3)
+        assert row["epochs"] == str(result["epochs"]) and row["steps"] == row["epochs"]
+        assert len(row["curve"].split()) == collect.POINTS and row["commit"] == "abc"
+        assert float(row["curve"].split()[-1]) == pytest.approx(float(row["val_error"]), abs=1e-3)
+
+
+def test_simple_learners_have_a_row_each(monkeypatch):
+    sizes = {"train": 60, "val": 30, "test": 40}
+    monkeypatch.setitem(importlib.import_module("tasks.satellite").TASK, "sizes", sizes)
+    rows = collect.simple(all_tasks.simple_job("satellite", 0))
+    assert [row["method"] for row in rows] == ["majority class", "1-NN", "logistic regression"]
+    assert rows[0]["command"] == (
+        "python results/all_tasks.py --simple --tasks satellite --seeds 0"
+    )
+    assert all(0 < row["test_error"] <= 1 for row in rows)
+
+
+def test_finished_runs_become_rows_that_carry_their_command(tmp_path):
+    file = tmp_path / "rows.csv"
     for name, error in (("a", 0.1), ("b", 0.2)):
         (tmp_path / name).mkdir()
         made = {"command": ["/somewhere/pare.py", "--seed", name], "versions": {"torch": "2"}}
@@ -55,219 +304,7 @@ def test_collected_rows_carry_their_command(tmp_path):
     assert file.read_text() == want
 
 
-def test_the_readme_s_tables_are_the_rows_in_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = script("table")
-    assert table.satellite() in text and table.crop() in text and table.nas_bench() in text
-    assert table.published(tasks.NAMES[:10]) in text
-    assert table.published(tasks.NAMES[10:], table.COMPARABLE) in text
-    assert table.fno() in text and table.faults() in text
-    assert table.all_tasks() in text and table.ranks() in text and table.real() in text
-    assert table.lost() in text and table.align_lr() in text
-    assert table.pdebench() in text and table.pde_long() in text and table.study() in text
-    assert table.pare_ablation() in text and table.unrest() in text and table.proposed() in text
-
-
-def test_what_the_readme_says_of_alignment_in_1d_is_what_the_rows_say():
-    table, numbers = script("table"), []
-    for line in table.lost().splitlines()[2:]:
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        numbers.append((float(cells[3]), float(cells[-1])))
-    assert stats.spearmanr(*zip(*numbers, strict=True))[0] == pytest.approx(0.95, abs=0.02)
-    first = [row for row in table.rows("lost.csv") if row["task"] in table.LR_TASKS]
-    for when, low, high in (("before", 0.49, 0.51), ("after", 0.23, 0.30)):
-        for task in table.LR_TASKS:
-            moved = [float(row[f"doubled_{when}"]) for row in first if row["task"] == task]
-            assert low < sum(moved) / len(moved) < high
-    text = table.align_lr()
-    assert text.count("8 of 8") == 3 and sum(map(int, re.findall(r"(\d) of 8 \|", text))) == 24 + 17
-
-
-def test_the_readme_s_tables_of_cost_are_the_rows_in_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    bench = script("bench_cost")
-    rows = bench.read(ROOT / "results" / "cost.csv")
-    for part in bench.PARTS:
-        assert bench.table(rows, part) in text, part
-
-
-def test_pde_errors_are_far_below_the_trivial_predictors():
-    table = script("table")
-    found = table.pde_errors()
-    assert set(found) == set(tasks.PDES) == set(table.COMPARABLE)
-    for task, errors in found.items():
-        trivial = min(errors["copy"], errors["mean field"])
-        for method in ("NFT", "ORCA", "PaRe"):
-            assert errors[method] < 0.3 * trivial, (task, method)
-    assert all(float(row["time_s"]) < 180 for row in table.rows("pdebench.csv"))
-    long = {row["task"]: float(row["test_error"]) for row in table.rows("pde_long.csv")}
-    assert long["advection"] < 2e-2 and long["darcy_2d"] < 5e-2
-
-
-def test_the_methods_beat_the_simple_baselines_in_every_recorded_seed():
-    table = script("table")
-    errors = {}
-    for row in [*table.rows("satellite.csv"), *table.rows("baselines.csv")]:
-        if row["task"] == "satellite":
-            errors[table.label(row), row["seed"]] = float(row["test_error"])
-    for seed in "012":
-        simple = min(errors["1-NN", seed], errors["logistic regression", seed])
-        assert errors["PaRe", seed] < simple and errors["ORCA (OTDD)", seed] < simple
-
-
-def test_every_method_is_clearly_better_than_the_trivial_predictor_on_every_task():
-    import tasks
-
-    errors = script("table").nas_errors()
-    assert set(errors) == set(tasks.NAMES[:10])
-    for task, row in errors.items():
-        for method in ("NFT (naive fine-tuning)", "ORCA (OTDD)", "PaRe"):
-            assert row[method] < 0.95 * row["trivial"], (task, method)
-
-
-def test_the_linear_filter_finds_a_convolution():
-    torch.manual_seed(0)
-    kernel, x = torch.randn(1, 2, 7, 7), torch.randn(8, 2, 20, 20)
-    pad = torch.nn.functional.pad(x, [3] * 4, mode="replicate")
-    y = torch.nn.functional.conv2d(pad, kernel) + 2
-    y[0, 0, :5] = float("nan")
-    (got,) = script("baselines").linear_filter(list(zip(x, y, strict=True)), [x[1:]], (1, 20, 20))
-    torch.testing.assert_close(got, y[1:], rtol=1e-3, atol=1e-3)
-
-
-def test_relaxed_selection_of_the_release_is_a_mask_with_a_gradient():
-    bench = script("bench_pare")
-    s = torch.rand(4, 9, requires_grad=True)
-    mask = bench.relaxed_top_k(s, 3)
-    assert torch.equal(mask.detach().round(), mask.detach().round().clamp(0, 1))
-    assert (mask.detach().round().sum(dim=1) == 3).all()
-    (slope,) = torch.autograd.grad((mask * torch.arange(9.0)).sum(), s)
-    assert slope.norm() > 0
-    z_t, z_s = torch.randn(4, 9, 5), torch.randn(4, 9, 5)
-    for mix in (bench.released_sampling, bench.released_loop):
-        z_mix = mix(z_t, z_s, s, torch.rand(4, 9), 3)
-        assert ((z_mix - z_t).abs().amax(dim=2) > 1e-6).sum(dim=1).tolist() == [3] * 4
-    highest = bench.released_loop(z_t, z_s, s, torch.rand(4, 9), 3)
-    replaced = (highest != z_t).any(dim=2)
-    assert torch.equal(replaced.nonzero()[:, 1].view(4, 3), s.topk(3).indices.sort(dim=1).values)
-
-
-def test_replacement_is_faster_than_the_released_loops(capsys, tmp_path):
-    """At a small shape; results/bench_pare.csv has the full one."""
-    bench = script("bench_pare")
-    found = bench.of_selection(8, 512, 64, 300, "cpu", slow=True)
-    assert found["ours"] < 3 * found["loop"] and 20 * found["ours"] < found["release"]
-
-
-def test_the_rows_on_the_cost_of_pare_are_what_the_readme_says():
-    rows = script("table").rows("bench_pare.csv")
-    time_s = {(row["case"].split(",")[0], row["what"]): float(row["time_s"]) for row in rows}
-    ours = time_s["(32", "ours"]
-    assert time_s["(32", "release"] > 100 * ours and time_s["(32", "loop"] > ours
-    for task in ("satellite", "ninapro"):
-        case = f"step of {task}"
-        assert time_s[case, "pare"] < 2.1 * time_s[case, "plain"]
-        assert time_s[case, "pare"] <= time_s[case, "pare, two passes"]
-
-
-def test_landscape_is_flat_where_the_loss_is_and_gives_the_weights_back(series, tmp_path):
-    import orca
-
-    out = tmp_path / "run"
-    orca.main(orca.Config(task=str(series), align="none", epochs=2, out=str(out)))
-    landscape = script("landscape")
-    model, task, some, result = landscape.load(out, 40)
-    assert set(some) == {"train", "test"} and result["method"] == "orca"
-    assert torch.equal(some["train"][0][7], task.train[7][0])
-    x, y = some["test"]
-    assert len(x) == 40 and torch.equal(x[7], task.test[7][0])
-    before = {name: w.clone() for name, w in model.state_dict().items()}
-    d = landscape.direction(model, torch.Generator().manual_seed(0))
-    for name, w in model.named_parameters():
-        assert (name in d) == (w.ndim > 1)
-        if name in d:
-            norms = w.detach().flatten(1).norm(dim=1), d[name].flatten(1).norm(dim=1)
-            torch.testing.assert_close(*norms, rtol=1e-4, atol=1e-6)
-    base = landscape.loss_at(model, task, x, y, [])
-    assert base == pytest.approx(task.loss(model(x), y).item(), rel=1e-5)
-    far = landscape.loss_at(model, task, x, y, [(1.0, d)])
-    assert far != pytest.approx(base, rel=1e-2)
-    for name, w in model.state_dict().items():
-        assert torch.equal(w, before[name]), name
-
-
-def test_landscape_of_a_known_loss():
-    """Squares of the outputs of W at the unit vectors: L(W + a d + b e) = |W + a d + b e|^2."""
-    landscape, torch_rng = script("landscape"), torch.Generator().manual_seed(0)
-    model = torch.nn.Linear(4, 3, bias=False).double()
-
-    class Task:
-        loss = staticmethod(lambda out, y: out.square().sum(dim=1).mean())
-
-    d, e = (
-        {name: v.double() for name, v in landscape.direction(model, torch_rng).items()}
-        for _ in range(2)
-    )
-    W, x = model.weight.detach().clone(), torch.eye(4, dtype=torch.double)
-    got = landscape.loss_at(model, Task, x, x, [(0.3, d), (-0.2, e)])
-    want = (W + 0.3 * d["weight"] - 0.2 * e["weight"]).square().sum() / 4
-    assert got == pytest.approx(float(want), rel=1e-9)
-
-
-def test_landscape_draws_a_plane_of_one_seed_and_measures_all(series, tmp_path):
-    import orca
-
-    landscape, file = script("landscape"), tmp_path / "rows.csv"
-    runs = [tmp_path / f"nft-{seed}" for seed in (0, 1)]
-    for seed, out in enumerate(runs):
-        setting = {"task": str(series), "align": "none", "epochs": 1, "seed": seed}
-        orca.main(orca.Config(**setting, out=str(out)))
-    flags = "--points 3 --directions 3 --samples 40 --csv"
-    rows = landscape.main([*map(str, runs), *flags.split(), str(file)])
-    assert len(file.read_text().splitlines()) == 1 + len(rows)
-    planes = [row for row in rows if row["what"] == "plane"]
-    assert len(planes) == 9 and {row["run"] for row in planes} == {"nft-0"}
-    losses = {(r["run"], r["split"]): r["value"] for r in rows if r["what"] == "loss"}
-    assert set(losses) == {(run.name, split) for run in runs for split in ("train", "test")}
-    (centre,) = (row for row in planes if row["a"] == row["b"] == 0)
-    assert centre["value"] == pytest.approx(losses["nft-0", "train"], rel=1e-5)
-    rises = [row for row in rows if row["what"] == "rise"]
-    assert len(rises) == 2 * 2 * len(landscape.RADII) and all(row["error"] > 0 for row in rises)
-
-
-def test_all_tasks_is_every_method_on_every_task_with_every_seed():
-    found = script("all_tasks").commands(list(tasks.NAMES), [0, 1, 2])
-    assert len(set(found)) == len(found) == 18 * (8 + 1) * 3
-    outs = set()
-    for line in found:
-        name, *argv = shlex.split(line)[1:]
-        if name != "results/baselines.py":
-            cfg = importlib.import_module(name.removesuffix(".py")).parse_args(argv)
-            outs.add((cfg.out, cfg.task, cfg.seed, cfg.train_size))
-    assert len(outs) == 18 * 8 * 3
-
-
-@pytest.mark.slow
-def test_all_tasks_goes_on_where_it_was(tmp_path):
-    """One run and the baselines of one task; then nothing is left; then the other seed alone."""
-    file, lines = tmp_path / "rows.csv", []
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT / "results")!r})
-import all_tasks
-all_tasks.METHODS = {{"nft": ("orca", 0.1, "--align none")}}
-all_tasks.SIZE["satellite"] = 48
-all_tasks.main(["--tasks", "satellite", "--csv", {str(file)!r}, "--seeds", *sys.argv[1:]])
-"""
-    for seeds in ("0", "0", "01"):
-        argv = [sys.executable, "-c", code, *seeds]
-        done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        lines.append(file.read_text().splitlines())
-    methods = ["majority class", "1-NN", "logistic regression", "orca"]
-    assert [line.split(",")[0] for line in lines[0][1:]] == methods
-    assert lines[1] == lines[0]
-    assert [line.split(",")[0] for line in lines[2][1:]] == 2 * methods
+# ---- the report of the faults ----
 
 
 def test_the_report_of_the_faults_counts_cases(tmp_path):
@@ -280,15 +317,33 @@ def test_the_report_of_the_faults_counts_cases(tmp_path):
     ]
     report = tmp_path / "report.xml"
     report.write_text(f"<testsuites><testsuite>{''.join(tests)}</testsuite></testsuites>")
-    found = {
-        row["fault"]: (row["cases"], row["passed"]) for row in script("faults").count([report])
-    }
+    found = {row["fault"]: (row["cases"], row["passed"]) for row in faults.count([report])}
     assert found["bad command lines"] == (2, 1)
     assert found["mutated pickled arrays"] == (5000, 5000)
 
 
 def test_the_kinds_of_faults_name_tests_that_exist():
+    import re
+
     text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
-    for pattern, _ in script("faults").FAULTS.values():
+    for pattern, _ in faults.FAULTS.values():
         for name in re.findall(r"_\w+_", pattern):
             assert re.search(r"^def \w*" + name, text, re.M), name
+
+
+def test_every_file_of_results_is_used():
+    """By the page, by another file of results, by a page or by a test."""
+    folder = ROOT / "results"
+    texts = [p.read_text(encoding="utf-8") for p in (*ROOT.glob("*.md"), *folder.glob("*.[psm]*"))
+             if p.suffix in (".py", ".sh", ".md")]  # fmt: skip
+    texts += [p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("*.py")]
+    for path in folder.iterdir():
+        if path.suffix in (".csv", ".png", ".sh", ".txt"):
+            assert any(path.name in text for text in texts), path.name
+
+
+def test_csv_files_are_regular():
+    for path in (ROOT / "results").glob("*.csv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            head, *rows = csv.reader(file)
+        assert rows and all(len(row) == len(head) for row in rows), path.name
