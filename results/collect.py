@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -257,6 +258,7 @@ def run_all(
     waiting, open_groups = [list(group) for group in groups if group], []
     total = sum(map(len, waiting))
     os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the workers, too
     workers = [Worker(device) for _ in range(min(jobs, total))]
 
     def seconds(job: Job) -> float:

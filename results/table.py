@@ -173,7 +173,7 @@ def answers(found: Rows) -> str:
     for name, (method, base, what) in QUESTIONS.items():
         logs = {k: flat(effect(found, METHODS[method], METHODS[base], v)) for k, v in KINDS.items()}
         words.append(sentence(name, what, logs))
-        cells = [summary(values) if values else "-" for values in logs.values()]
+        cells = [summary(v) if len(v) >= FEWEST else "-" for v in logs.values()]
         lines.append([f"{method} against {base}", *cells])
     for labels in LABELS:
         ours, base = (STUDIES["few"][f"{m}, {labels}"] for m in ("proposed", "NFT"))
@@ -181,7 +181,7 @@ def answers(found: Rows) -> str:
             kind: flat(effect(found, ours, base, set(STUDIED) & set(KINDS[kind]))) for kind in KINDS
         }
         if any(logs.values()):
-            cells = [summary(values) if values else "-" for values in logs.values()]
+            cells = [summary(v) if len(v) >= FEWEST else "-" for v in logs.values()]
             lines.append([f"proposed against NFT, {labels} labels a class", *cells])
             title = f"The proposal with {labels} labels a class"
             words.append(sentence(title, "against NFT", logs))
@@ -329,7 +329,7 @@ def study(found: Rows, name: str, base: str, also: tuple = ()) -> str:
         change = "-" if setting == base or not values else percent(statistics.mean(values))
         lines.append([setting, *cells, change, "-".join(map(str, {seeds[0], seeds[-1]}))])
     head = ["setting", *STUDIED, f"error, {base} being 0", "seeds"]
-    return markdown(head, lines) if len(lines) > 1 else ""
+    return markdown(head, lines) if len(lines) > 1 + len(also) else ""
 
 
 def few(found: Rows) -> str:
@@ -462,10 +462,9 @@ def page() -> str:
         INTRO,
         setting(of_large),
         "## Answers",
-        answers(found),
-        BOOTSTRAP if answers(found) else "",
+        f"{answers(found)}\n\n{BOOTSTRAP}" if answers(found) else TOO_FEW,
         "![Error of each method over that of plain fine-tuning, task by task](all_tasks.png)"
-        if FIGURE.exists()
+        if answers(found)
         else "",
     ]
     sections = {
@@ -571,6 +570,10 @@ BOOTSTRAP = (
     "bootstrap interval over these pairs, which speaks of these tasks and not of others, and in "
     "how many pairs the error is lower. Below three pairs nothing is said."
 )
+TOO_FEW = (
+    "There are too few rows with the present default settings for an answer: each needs three "
+    "pairs of runs with the same task and seed. `python results/all_tasks.py` adds them."
+)
 LARGE = (
     "Mean over the seeds, standard deviation in brackets, the least error of a row in bold. "
     "*trivial*: majority class, mean of the targets or copy of the input; *linear*: logistic or "
@@ -628,7 +631,7 @@ def figure(found: Rows, path: Path) -> None:
     """Error over NFT's, a panel a method, a line a task: mean and range over the seeds.
 
     Each kind of data ends with its mean, a bar. Blue is better than NFT in all seeds, orange worse
-    in all; of means, those whose bootstrap interval leaves out 1.
+    in all, if there are several; of means, those whose bootstrap interval leaves out 1.
     """
     import matplotlib
 
@@ -675,7 +678,7 @@ def figure(found: Rows, path: Path) -> None:
 
 def draw(ax, y: float, at: float, low: float, high: float, marker: str, size: float) -> None:
     """A mean and its range; an arrow at the edge if the mean lies beyond."""
-    color = BETTER if high < 0 else WORSE if low > 0 else EVEN
+    color = BETTER if low < high < 0 else WORSE if 0 < low < high else EVEN
     inside = lambda v: max(-EDGE * 0.94, min(EDGE * 0.94, v))  # noqa: E731
     ax.plot([inside(low), inside(high)], [y, y], color=color, lw=3, alpha=0.55, zorder=2)
     if abs(at) > EDGE * 0.94:
@@ -685,7 +688,7 @@ def draw(ax, y: float, at: float, low: float, high: float, marker: str, size: fl
 
 def main() -> None:
     found = {row["command"]: row for row in all_rows() if row["method"] not in SIMPLE}
-    if found:
+    if answers(found):
         figure(found, FIGURE)
     (RESULTS / "README.md").write_text(page(), encoding="utf-8")  # shows the figure if it is there
 
