@@ -54,7 +54,8 @@ def rows(name: str) -> list[dict]:
 
 def all_rows() -> list[dict]:
     """What results/all_tasks.py wrote here and, by results/gpu.sh, on a machine with a GPU."""
-    return [*rows("gpu_all_tasks.csv"), *rows("all_tasks.csv")]
+    found = [*rows("gpu_all_tasks.csv"), *rows("all_tasks.csv")]
+    return list({(row["command"], row["method"]): row for row in found}.values())
 
 
 def runs_of(found: Rows, flags: str, task: str, size: int = 0) -> dict[int, dict]:
@@ -385,6 +386,18 @@ def given_size(line: str) -> int:
     return int(words[words.index("--train-size") + 1]) if "--train-size" in words else 0
 
 
+def recipe() -> str:
+    """Validation errors of NFT with several learning rates, those of the new parts and of g."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows("recipe.csv"):
+        words = row["command"].split()
+        rates = tuple(words[words.index(flag) + 1] for flag in ("--lr", "--body-lr"))
+        found.setdefault(rates, {})[row["task"]] = digits(float(row["val_error"]))
+    names = list(dict.fromkeys(task for errors in found.values() for task in errors))
+    lines = [[*rates, *(e.get(t, "-") for t in names)] for rates, e in sorted(found.items())]
+    return markdown(["lr", "body lr", *names], lines) if lines else ""
+
+
 def plain(name: str, columns: dict[str, str]) -> str:
     """Some columns of a CSV file as they are: {column: head}."""
     lines = [[row[column] or "-" for column in columns] for row in rows(name)]
@@ -504,6 +517,8 @@ def page() -> str:
             "--seeds 0 1 2 3",
             "Of 1e-3, 2e-3 (the default) and 4e-3, the rate with the least mean validation error.",
         ),
+        "The learning rates": (recipe(), "", RECIPE),
+        "Tests on a GPU": (plain("gpu_tests.csv", TESTS), "gpu.sh --part 1", ""),
         "Steps at the papers' sizes": (
             plain("gpu_steps.csv", STEPS) or plain("paper_step.csv", STEPS),
             "bench_gpu.py",
@@ -515,8 +530,8 @@ def page() -> str:
     }
     for title, (table, line, text) in sections.items():
         if table:
-            start = "bash" if line.endswith(".sh") else "python"
-            parts += [f"## {title}", text, table, f"`{start} results/{line}`"]
+            start = "bash" if ".sh" in line else "python"
+            parts += [f"## {title}", text, table, f"`{start} results/{line}`" if line else ""]
     parts += [
         "## The papers' numbers",
         "From slides 29 and 30, on the real data, with large pretrained models: not ours.",
@@ -603,6 +618,11 @@ GATE_TEXT = (
     "AUC of the gate's scores on held-out samples: 1 if that patch always ranks first, 0.5 by "
     "chance."
 )
+RECIPE = (
+    "What the default rates were chosen by: validation errors of NFT, seed 0. The commands stand in "
+    "`recipe.csv`: `python orca.py --task TASK --align none --lr LR --body-lr RATE`."
+)
+TESTS = {"test": "test", "passed": "passed", "failed": "failed", "device": "device"}
 STEPS = {"task": "task", "method": "method", "variant": "variant", "batch": "batch"}
 STEPS |= {"step_s": "step, s", "samples_s": "samples a second", "peak_gb": "peak memory, GB"}
 STEPS |= {"device": "device"}
