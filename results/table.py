@@ -619,8 +619,8 @@ GATE_TEXT = (
     "chance."
 )
 RECIPE = (
-    "What the default rates were chosen by: validation errors of NFT, seed 0. The commands stand in "
-    "`recipe.csv`: `python orca.py --task TASK --align none --lr LR --body-lr RATE`."
+    "What the default rates were chosen by: validation errors of NFT, seed 0. The commands stand "
+    "in `recipe.csv`: `python orca.py --task TASK --align none --lr LR --body-lr RATE`."
 )
 TESTS = {"test": "test", "passed": "passed", "failed": "failed", "device": "device"}
 STEPS = {"task": "task", "method": "method", "variant": "variant", "batch": "batch"}
