@@ -248,14 +248,14 @@ def large(found: Rows, simple: dict) -> str:
     for kind, names in KINDS.items():
         for task in names:
             runs = [runs_of(found, METHODS[m], task) for m in SHOWN]
-            if not any(runs):
-                continue
             errors = [simple.get((task, c), []) for c in columns[:3]]
             errors += [list(map(error, r.values())) for r in runs]
+            if not any(errors):
+                continue
             means = [statistics.mean(e) if e else math.nan for e in errors]
-            metric = next(iter(next(filter(None, runs)).values()))["metric"]
+            metric = importlib.import_module(f"tasks.{task}").TASK["metric_name"]
             cells = bold_least([spread(e) for e in errors], means)
-            lines.append([kind, task, metric, str(max(map(len, runs))), *cells])
+            lines.append([kind, task, metric, str(max(map(len, errors))), *cells])
     return markdown(["", "task", "metric", "seeds", *columns], lines) if lines else ""
 
 

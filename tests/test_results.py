@@ -30,7 +30,7 @@ def config_of(command):
 def job(*flags, method="NFT", script="orca.py", seed=0):
     line = shlex.join(["python", script, "--task", "satellite", "--seed", str(seed), *flags])
     return collect.Job(
-        method, "satellite", seed, line, extra=("--train-size", "24", "--steps", "2")
+        method, "satellite", seed, line, extra=("--train-size", "24", "--epochs", "2")
     )
 
 
@@ -255,17 +255,17 @@ def test_what_a_worker_keeps_is_of_the_same_settings():
 
 @pytest.mark.slow
 def test_a_run_in_a_worker_is_the_run_of_its_command(tmp_path, capfd):
-    """Four runs of two seeds in one worker, one of which fails; each as it is alone."""
+    """Two seeds in one worker, and a run that fails; each as it is alone."""
     import orca
 
-    kinds = [("--align", "none"), (), ("--align", "none", "--lr", "-1")]
-    groups = [[job(*flags, seed=seed) for flags in kinds[: 2 + seed]] for seed in (0, 1)]
+    kinds = [("--align", "none"), ("--align", "none", "--lr", "-1")]
+    groups = [[job(*flags, seed=seed) for flags in kinds[: 1 + seed]] for seed in (0, 1)]
     file = tmp_path / "rows.csv"
     assert collect.run_all(groups, file, 1, "cpu", 300, "abc") == 1
     out, err = capfd.readouterr()
-    assert "FAILED" in err and "--lr" in err and "5/5" in out
+    assert "FAILED" in err and "--lr" in err and "3/3" in out
     rows = {row["command"]: row for row in collect.read(file)}
-    assert len(rows) == 4
+    assert len(rows) == 2
     torch.set_num_threads(1)
     for line, row in rows.items():
         argv = [*shlex.split(line)[2:], *groups[0][0].extra, "--out", str(tmp_path / row["seed"])]
