@@ -11,7 +11,7 @@ Benchmarks, doi:10.18419/darus-2986), 1000 starts on 128 x 128 cells: groups "00
 The default is (u, v) at t = 0.5 -> (u, v) at t = 5, on 64 x 64 cells. By then the noise, which
 means something else on every grid, has become a field that 64 x 64 cells resolve, and both
 substances are shown. published=True is u at t = 0 -> v at t = 5, on 128 x 128: there v at t = 0 is
-hidden, and matters as much as u, so that no model can do better than about 0.57. Training and test
+hidden, and matters as much as u, so that no model can do better than about 0.53. Training and test
 sets both end at t = 5 (in the published code, the tests end one frame earlier).
 
 `python -m tasks.diffusion_reaction_2d --out FILE --n N` writes the starts on 128 x 128 cells, in
