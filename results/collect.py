@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import functools
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -116,12 +117,12 @@ def work(pipe, device: str) -> None:
     run.load_task = functools.partial(_kept, {}, DATA, run.load_task)
     run.load_source = functools.partial(_kept, {}, SOURCE, run.load_source)
     while (job := pipe.recv()) is not None:
-        with open(os.devnull, "w") as nowhere:
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        with open(os.devnull, "w") as nowhere, io.StringIO() as said:
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(said):
                 try:
                     answer = rows_of(job, device)
                 except BaseException:  # also SystemExit of a wrong flag
-                    answer = traceback.format_exc()
+                    answer = said.getvalue() + traceback.format_exc()
         pipe.send(answer)
 
 
