@@ -11,11 +11,30 @@ import contextlib
 
 import torch
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}
 WAITS |= {"unique_consecutive", "equal", "_linalg_eigh", "_to_sparse"}
 HALF = ("linear", "matmul", "conv1d", "conv2d", "bmm", "addmm", "scaled_dot_product_attention")
+
+
+def leaves(values) -> list:
+    """What is in lists, tuples and dictionaries."""
+    if isinstance(values, dict):
+        values = list(values.values())
+    if not isinstance(values, list | tuple):
+        return [values]
+    return [leaf for value in values for leaf in leaves(value)]
+
+
+def mapped(kind: type, function, values):
+    """The same lists, tuples and dictionaries, with function(v) for each v of a kind."""
+    if isinstance(values, kind):
+        return function(values)
+    if isinstance(values, dict):
+        return {key: mapped(kind, function, value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return type(values)([mapped(kind, function, value) for value in values])
+    return values
 
 
 class Chip(torch.Tensor):
@@ -53,7 +72,7 @@ class Chip(torch.Tensor):
         away = where is not None and torch.device(where).type != "chip"
         if where is not None and not away:
             kwargs["device"] = torch.device("cpu")
-        values = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        values = [v for v in leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
         others = [v for v in values if not isinstance(v, Chip)]
         index = name in ("index", "index_put_", "index_put", "_index_put_impl_")
         cls.note(op, name, args, kwargs, others, away)
@@ -61,17 +80,17 @@ class Chip(torch.Tensor):
         allowed = name == "copy_" or (index and values and isinstance(values[0], Chip))
         if not allowed and any(v.ndim or not pointwise for v in others):
             raise RuntimeError(f"{name}: expected all tensors on one device, found chip and cpu")
-        random = [v for v in tree_leaves(kwargs) if isinstance(v, torch._C.Generator)]
+        random = [v for v in leaves(kwargs) if isinstance(v, torch._C.Generator)]
         if any(v._cdata not in Generator.of_chip for v in random):
             raise RuntimeError(f"{name}: expected a generator of the chip, found one of the CPU")
 
-        raw_args, raw_kwargs = tree_map_only(Chip, lambda v: v.raw, (args, kwargs))
+        raw_args, raw_kwargs = mapped(Chip, lambda v: v.raw, (args, kwargs))
         try:
             out = op(*raw_args, **raw_kwargs)
         except NotImplementedError:  # in half precision: what the CPU lacks and a GPU has
             half = next(v.dtype for v in values if v.dtype in (torch.bfloat16, torch.float16))
-            out = op(*tree_map_only(torch.Tensor, torch.Tensor.float, raw_args), **raw_kwargs)
-            out = tree_map_only(torch.Tensor, lambda v: v.to(half), out)
+            out = op(*mapped(torch.Tensor, torch.Tensor.float, raw_args), **raw_kwargs)
+            out = mapped(torch.Tensor, lambda v: v.to(half), out)
         if away:
             return out
         if name == "copy_":
@@ -81,7 +100,7 @@ class Chip(torch.Tensor):
             if v.shape != v.raw.shape:
                 raise NotImplementedError(f"{name} changes the shape of a tensor of the chip")
         wrap = lambda v: same[id(v)] if id(v) in same else Chip(v)  # noqa: E731
-        return tree_map_only(torch.Tensor, wrap, out)
+        return mapped(torch.Tensor, wrap, out)
 
     @classmethod
     def note(cls, op, name, args, kwargs, others, away):
@@ -89,7 +108,7 @@ class Chip(torch.Tensor):
             cls.launches.append(name)
         masks = name.startswith("index") and any(
             v.dtype in (torch.bool, torch.uint8) or any(v is other for other in others)
-            for v in tree_leaves(args[1])
+            for v in leaves(args[1])
             if isinstance(v, torch.Tensor)
         )
         blocking = not (
@@ -136,7 +155,7 @@ def _autocast(name: str):
 
         with torch._C._ExcludeDispatchKeyGuard(keys):
             op = getattr(torch.ops.aten, name)
-            return op(*tree_map_only(torch.Tensor, cast, args), **kwargs)
+            return op(*mapped(torch.Tensor, cast, args), **kwargs)
 
     return lower
 

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"orca": orca, "pare": pare, "proposed": proposed}
 KINDS = (satellite, deepsea, burgers, cifar100, cosmic, darcy)  # classes, labels, fields, a mask
 NAMES = [module.__name__.split(".")[1] for module in KINDS]
-SMALL = "--train-size 24 --batch-size 8 --epochs 1 --source-size 64"
+SMALL = "--train-size 24 --batch-size 8 --epochs 1 --source-size 64 --baselines off"
 SMALL = {
     "orca": f"{SMALL} --align-epochs 1 --align-steps-per-epoch 2 --align-samples 24",
     "pare": SMALL,
@@ -49,9 +49,24 @@ on_cuda = lambda function: gpu[0](gpu[1](function))  # noqa: E731
 registered = []
 
 
+sources = {}  # that were loaded before
+
+
+def load_source(cfg, tokenize, *which):
+    key = (cfg.source, cfg.source_size, cfg.seed, *which)
+    if key not in sources:
+        sources[key] = loading(cfg, tokenize, *which)
+    return sources[key]
+
+
+loading = run.load_source
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Few samples of every task."""
+    """Few samples of every task; nothing twice or drawn that the device has no part in."""
+    monkeypatch.setattr(run, "load_source", load_source)
+    monkeypatch.setattr(run, "draw_curves", lambda *given: None)
     for module in KINDS:
         monkeypatch.setitem(module.TASK, "sizes", {"train": 24, "val": 8, "test": 8})
     yield
