@@ -75,7 +75,7 @@ def measure(kind: str, seed: int, flags: list[str], folder: str) -> dict:
     cfg, task, net, tokenize, model, _ = pare.build(cfg)
     f_s = pare.source_embedder(net)
     cfg = replace(cfg, k0=pare.first_k(cfg, math.prod(model.f_t.grid)))
-    source = pare.load_source(cfg, tokenize, masks=False)
+    source = run.load_source(cfg, tokenize, max(pare.WINDOW, cfg.k0), 0)
     mixer = pare.Mixer(f_s, source, model.g.maps, cfg.seed, cfg.gate)
     x, aucs, start, evaluate = torch.from_numpy(arrays["x_test"]), [], time.time(), pare.evaluate
 
