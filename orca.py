@@ -379,14 +379,13 @@ def align(
     optimizer = run.optimizer_of(groups, cfg, cfg.align_lr, decay)
     drop = torch.optim.lr_scheduler.StepLR(optimizer, cfg.align_drop or cfg.align_epochs, gamma=0.2)
     changing = {"f_t": model.f_t, "optimizer": optimizer, "drop": drop, "rng": rng}
-    if hasattr(distance, "state_dict"):  # the potentials from which OTDD starts
-        changing["distance"] = distance
     for _ in record.begin("align", cfg.align_epochs, **changing):
         for _ in range(cfg.align_steps_per_epoch):
             rows = balanced_rows(labels, cfg.align_samples, rng)
             z_t = target_features(model.f_t, task, [pool[row] for row in rows.tolist()])
             y_t = labels[rows].to(z_s.device)
             if not z_t.isfinite().all():
+                record.read()  # it names the step, if the distance was not finite before
                 raise FloatingPointError("the embedded target is not finite in stage align")
             loss = distance(z_t, y_t)  # (O2)
             optimizer.zero_grad()

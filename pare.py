@@ -20,7 +20,7 @@ Source: Cai et al., Enhancing Cross-Modal Fine-Tuning with Gradually Intermediat
 Generation, ICML 2024 (arXiv 2406.09003).
 
     python pare.py --task satellite                     simulated data, tiny body, no network
-    python pare.py --task satellite --k0 0              without replacement: plain fine-tuning
+    python pare.py --task satellite --k0 0              without replacement
     python pare.py --task cosmic                        images with a mask to predict
     python pare.py --task satellite --f-t RUN           f^t aligned beforehand, by orca.py in RUN
     python pare.py --task mine.npz --device cuda        arrays x_train, y_train, x_test, y_test

@@ -684,7 +684,9 @@ def scales(cfg: Config) -> list[float]:
     except ValueError:
         sigmas = [math.nan]
     if not all(0 <= sigma < 1 for sigma in sigmas):
-        raise ValueError(f"--sigmas {cfg.sigmas}: expected numbers of 0..1, not 1, as 0.05,0.1")
+        raise ValueError(
+            f"--sigmas {cfg.sigmas}: expected numbers from 0 to below 1, such as 0.05,0.1"
+        )
     return sigmas
 
 

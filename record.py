@@ -432,7 +432,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Raises: FileNotFoundError; ValueError if the file is damaged or of another model."""
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; {path.parent} holds no finished run")
+        what = "aligned f^t" if path.stem == "f_t" else "finished run"
+        raise FileNotFoundError(f"no file {path}; {path.parent} holds no {what}")
     try:
         model.load_state_dict(safetensors.torch.load_file(path))
     except Exception as error:  # safetensors and torch have their own kinds of errors

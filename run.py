@@ -293,11 +293,11 @@ def moved(v: torch.Tensor) -> torch.Tensor:
 
 
 def parts(batch, pieces: int, weigh: Callable) -> Iterator[tuple]:
-    """The parts of this process' share of a batch: x and y on the device, weight, share.
+    """The parts of this process' share of a batch: x and y on the device, weight, portion.
 
     The weights of all parts of all processes add up to 1, in proportion to weigh(y), so that the
-    sum of weight * (loss of the part) is the loss of the batch. The shares do so in proportion to
-    the number of samples. batch: (x, y) on the CPU; None if this process has no row of it.
+    sum of weight * (loss of the part) is the loss of the batch. The portions do so in proportion
+    to the number of samples. batch: (x, y) on the CPU; None if this process has no row of it.
     """
     x, y = batch if batch is not None else (torch.empty(0), torch.empty(0))
     total = weigh(y) if len(x) else 0.0, len(x)

@@ -411,7 +411,7 @@ BAD_PARE_LINES = BAD_SOURCE | {
     "--lam 0.5": "invalid choice: '0.5'",
 }
 BAD_PROPOSED_LINES = {
-    "--sigmas 2": "--sigmas 2: expected numbers of 0..1",
+    "--sigmas 2": "--sigmas 2: expected numbers from 0 to below 1",
     "--tau 0": "--tau 0.0 is out of range",
     "--draws 0": "--draws 0 is out of range",
     "--preserve lipschitz": "invalid choice: 'lipschitz'",

@@ -26,7 +26,7 @@ def rng(seed=0):
 def test_sigmas_are_checked():
     assert proposed.scales(proposed.Config(sigmas="0,0.5")) == [0.0, 0.5]
     for bad in ("x", "0.1,", "1", "-0.1", "nan"):
-        with pytest.raises(ValueError, match=f"--sigmas {bad}: expected numbers of 0..1"):
+        with pytest.raises(ValueError, match=f"--sigmas {bad}: expected numbers from 0 to below 1"):
             proposed.scales(proposed.Config(sigmas=bad))
 
 
