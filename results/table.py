@@ -620,7 +620,7 @@ GATE_TEXT = (
 )
 RECIPE = (
     "What the default rates were chosen by: validation errors of NFT, seed 0. The commands stand "
-    "in `recipe.csv`: `python orca.py --task TASK --align none --lr LR --body-lr RATE`."
+    "in `recipe.csv`: `python orca.py --task satellite --align none --lr 2e-3 --body-lr 6e-4`."
 )
 TESTS = {"test": "test", "passed": "passed", "failed": "failed", "device": "device"}
 STEPS = {"task": "task", "method": "method", "variant": "variant", "batch": "batch"}
