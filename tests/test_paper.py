@@ -460,11 +460,11 @@ def test_the_hub_is_asked_where_it_can_be_reached(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(bodies.download, "reach", lambda url: None)
-    with bodies._hub() as problem:
+    with bodies.hub.connection() as problem:
         assert problem == "" and not constants.HF_HUB_OFFLINE
     monkeypatch.setattr(constants, "ENDPOINT", "http://mirror.example")  # its own business
     monkeypatch.setattr(bodies.download, "reach", lambda url: 1 / 0)
-    with bodies._hub() as problem:
+    with bodies.hub.connection() as problem:
         assert problem == "" and not constants.HF_HUB_OFFLINE
 
 
