@@ -161,7 +161,12 @@ def _autocast(name: str):
 
 
 def register() -> list:
-    """Make "chip" known to PyTorch. Returns what has to be kept as long as it is used."""
+    """Make "chip" known to PyTorch. Returns what has to be kept as long as it is used.
+
+    An empty list: this version of PyTorch takes no backend written in Python.
+    """
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        return []
     backend_registration._setup_privateuseone_for_python_backend("chip", backend_module=_Module())
     aten = torch.library.Library("aten", "IMPL")
     any_op = torch.library.Library("_", "IMPL")

@@ -112,7 +112,7 @@ def test_trivial_models_fail_and_friction_alone_is_not_all():
 def test_default_sizes_are_simulated_in_seconds():
     start = time.process_time()
     burgers.simulate(sum(burgers.TASK["sizes"].values()), 0)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 15
 
 
 def write(root, start=0.0, frames=(0, 1, 200), value=None):

@@ -37,7 +37,7 @@ def test_the_default_sizes_are_simulated_quickly():
     start = time.process_time()
     for i, n in enumerate(deepsea.TASK["sizes"].values()):
         deepsea.simulate(n, [0, i])
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 30
 
 
 def test_the_composition_is_that_of_a_genome(simulated):
