@@ -8,6 +8,9 @@ import torch
 
 from tasks import satellite
 
+# One thread each, where several processes run the tests; also in what they start.
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1:
+    os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 # No test is to reach the network, and none to wait for it: the way out is a port that is closed.
