@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 READ_EVERY = 20  # steps between two readings of the numbers that a step leaves on the device
 FREE = {"resume", "overwrite", "out", "device", "workers", "track", "data_dir", "save_every"}
+FREE |= {"steps"}  # of which the number of epochs was made
 
 
 # ---- 1. Signals and processes --------------------------------------------------------------------
@@ -145,18 +146,14 @@ class Record:
         self.lines, self.names, self.pending = [], (), []
         self.every, self.fp16 = (cfg.save_every, cfg.precision == "fp16") if cfg else (1, False)
         self.best, self.sums, self.stage = math.inf, {}, ""
-        self.epochs, self.epoch, self.batch, self.length = (
-            1,
-            0,
-            0,
-            1,
-        )  # steps of an epoch: done, all
+        self.epochs, self.epoch = 1, 0  # of the stage: all, done
+        self.length, self.batch = 1, 0  # steps of the epoch: all, done
         self.parts, self.order, self.random, self.ended = {}, None, None, []
         self.tracker = _tracker(cfg.track, out) if cfg and cfg.track and rank() == 0 else None
         self.identity = identity(cfg, method) if cfg else {}
         resume = bool(cfg) and cfg.resume and (out / "last.pt").exists()
         self.loaded = read_state(out / "last.pt", self.identity) if resume else None
-        self.result = _result(out) if resume else None
+        self.result = _result(out, cfg.epochs) if resume else None
         if self.loaded and not self.result:
             self._take_over(self.loaded)
         elif out and cfg and not self.result:
@@ -396,7 +393,9 @@ def read_state(path: Path, wanted: dict) -> dict:
             f"{path} is no state of a run ({type(error).__name__}); start anew with --overwrite"
         ) from None
     for key, value in wanted.items():
-        if found.get(key) != value:
+        if key == "epochs" and value > found.get(key, value):
+            print(f"note: {found[key]} epochs become {value}; the schedules are those of {value}")
+        elif found.get(key) != value:
             name = key if key in ("method", "processes") else "--" + key.replace("_", "-")
             raise ValueError(
                 f"{path} belongs to another run: {name} was {found.get(key)}, not {value}; resume "
@@ -408,7 +407,7 @@ def read_state(path: Path, wanted: dict) -> dict:
 def write_atomically(path: Path, *content: bytes) -> None:
     """The whole content or, if anything goes wrong, the old file and no remains of the new one.
 
-    Raises: OSError, naming the file.
+    Raises: OSError, naming the file; whatever else went wrong.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -417,9 +416,11 @@ def write_atomically(path: Path, *content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
@@ -487,12 +488,14 @@ def _lock(out: Path) -> None:
         raise ValueError(f"{out} is in use by another run; choose another --out") from None
 
 
-def _result(out: Path) -> dict | None:
-    """The result of a run that --resume finds finished; it is printed, and nothing is done."""
+def _result(out: Path, epochs: int) -> dict | None:
+    """The result of a run that has all epochs: --resume prints it, and there is nothing to do."""
     path = out / "result.json"
     if not path.is_file():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
+    if result["epochs"] < epochs:
+        return None
     if rank() == 0:
         print("result", json.dumps(result), flush=True)
     return result

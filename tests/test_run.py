@@ -224,9 +224,25 @@ def test_resume_without_a_run_starts_one(series, tmp_path):
     assert main("orca", cfg)["epochs"] == 1
 
 
+def test_a_finished_run_goes_on_with_more_epochs(series, tmp_path, capsys):
+    """From its last epoch, at the rates of the longer schedule; its best epoch stays the best."""
+    given = {"align": "none", "save_every": 1}
+    first = main("orca", config("orca", series, tmp_path / "run", epochs=2, **given))
+    rows = outcome(tmp_path / "run")[1]
+    longer = config("orca", series, tmp_path / "run", epochs=4, **given)
+    result = main("orca", replace(longer, resume=True))
+    assert "note: 2 epochs become 4; the schedules are those of 4" in capsys.readouterr().out
+    whole = main("orca", config("orca", series, tmp_path / "whole", epochs=4, **given))
+    assert result["epochs"] == whole["epochs"] == 4 and first["epochs"] == 2
+    after, other = outcome(tmp_path / "run")[1], outcome(tmp_path / "whole")[1]
+    assert after[:2] == rows and [row["epoch"] for row in after] == [1, 2, 3, 4]
+    assert [row["lr"] for row in after[2:]] == [row["lr"] for row in other[2:]]
+    assert result["val_error"] == pytest.approx(min(row["val_error"] for row in after), abs=1e-6)
+
+
 OTHERS = {
     "--seed was 0, not 1": {"seed": 1},
-    "--epochs was 3, not 4": {"epochs": 4},
+    "--epochs was 3, not 2": {"epochs": 2},
     "--align was mmd, not none": {"align": "none"},
     "--batch-size was 24, not 8": {"batch_size": 8},
 }
