@@ -56,7 +56,8 @@ import tasks
 from mmd import mmd2
 from otdd import OTDD, label_distances, wasserstein
 from run import Record, Settings, opt
-from tasks import papers
+from tasks import balanced_rows, papers
+from tasks.metrics import separability
 
 # B batch, C channels, L length or H x W, N patches, D width of the body, K classes
 METHOD = "orca"
@@ -90,8 +91,6 @@ def configure(**given) -> Config:
 
 
 # ---- 2. Data: run.load_task() and run.load_source(), which ask tasks/ ----------------------------
-
-
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
 
 
@@ -147,16 +146,16 @@ class ImageEmbedder(nn.Module):
         if hasattr(net, "pos_embed"):  # the class token has the first of them
             self.position = nn.Parameter(net.pos_embed.detach()[0, -math.prod(self.grid) :].clone())
         if init == "body":
-            weight, bias = own.proj.weight.detach(), own.proj.bias
-            self.conv.weight.data = weight.repeat(1, math.ceil(C / 3), 1, 1)[:, :C].contiguous()
-            self.conv.bias.data = (
-                torch.zeros(len(weight)) if bias is None else bias.detach().clone()
-            )
-            return
-        if isinstance(self.norm, nn.LayerNorm):
-            self.norm.reset_parameters()
-        if self.position is not None:
-            nn.init.normal_(self.position, std=0.02)
+            weight = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
+            self.conv.weight.data = weight.contiguous()
+            nn.init.zeros_(self.conv.bias)
+            if own.proj.bias is not None:
+                self.conv.bias.data = own.proj.bias.detach().clone()
+        else:
+            if isinstance(self.norm, nn.LayerNorm):
+                self.norm.reset_parameters()
+            if self.position is not None:
+                nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
@@ -176,8 +175,6 @@ def source_embedder(net: nn.Module) -> nn.Module:
 
 
 # ---- 4. Body g: bodies.adapt(), the layers of the pretrained model -------------------------------
-
-
 # ---- 5. Predictor h^t ----------------------------------------------------------------------------
 
 
@@ -327,25 +324,6 @@ def classwise(z_s: Tensor, y_s: Tensor, z_t: Tensor, y_t: Tensor, share: Tensor)
     return total
 
 
-def balanced_rows(labels: Tensor, size: int, rng: torch.Generator) -> Tensor:
-    """Rows of about `size` random samples: equally many of each class, or all where it has fewer.
-
-    labels: (n,), classes of all samples. Each class gives at least 2 samples if it has them.
-    """
-    per_class = max(2, size // len(labels.unique()))
-    order = torch.randperm(len(labels), generator=rng)
-    return torch.cat([order[labels[order] == c][:per_class] for c in labels.unique()])
-
-
-def separability(z: Tensor, y: Tensor, K: int) -> Tensor:
-    """Share of the variance of z (m, D) between the K classes y (m,): 1 if each is a point; by
-    chance (K - 1) / (m - 1)."""
-    member = F.one_hot(y, K).to(z.dtype)  # (m, K)
-    means = (member.T @ z) / member.sum(dim=0).clamp(min=1)[:, None]
-    within = (z - means[y]).square().sum()
-    return 1 - within / (z - z.mean(dim=0)).square().sum().clamp(min=1e-30)
-
-
 def freeze(model: Model, what: str) -> None:
     """Fix the weights that stage 3 is to leave as they are (slide 17)."""
     if what in ("embedder", "both"):
@@ -481,7 +459,8 @@ def main(cfg: Config) -> dict:
     record = Record(out, cfg, METHOD, start)
     if record.result:
         return record.result
-    run.describe(cfg, METHOD, task, model, out, shape)
+    used = cfg.source if aligned else "none"
+    run.describe(cfg, METHOD, task, model, out, shape, used)
 
     if aligned:  # stage 2 (O2)
         z_s = source_features(source_embedder(net).to(device), source, device)
@@ -490,7 +469,7 @@ def main(cfg: Config) -> dict:
     val_error = finetune(model, task, cfg, record)  # stage 3 (O3)
     record.restore_best(model)
     errors = {"test_error": evaluate(model, "test", task, cfg), "val_error": val_error}
-    return run.finish(cfg, METHOD, task, model, record, errors, cfg.source if aligned else "none")
+    return run.finish(cfg, METHOD, task, model, record, errors, used)
 
 
 def build(cfg: Config) -> tuple:

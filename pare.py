@@ -90,6 +90,14 @@ class Config(Settings):
     source_labels: str = opt("on", "loss of the source labels in L_mix", ("on", "off"))
     f_t: str = opt("", "folder of a run of orca.py, from whose aligned f^t to start (slide 38)")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.plain_target_loss == self.source_labels == "off" and self.lam == "k/k0":
+            raise ValueError(
+                "--plain-target-loss off with --source-labels off leaves no loss in the first "
+                "epoch, where lambda = k/k0 is 1; give --lam k/N"
+            )
+
 
 def configure(**given) -> Config:
     """The settings: defaults, then the papers' values with paper=True, then what is given."""
@@ -97,8 +105,6 @@ def configure(**given) -> Config:
 
 
 # ---- 2. Data: run.load_task() and run.load_source(), which ask tasks/ ----------------------------
-
-
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
 
 
@@ -156,16 +162,16 @@ class ImageEmbedder(nn.Module):
         if hasattr(net, "pos_embed"):  # the class token has the first of them
             self.position = nn.Parameter(net.pos_embed.detach()[0, -math.prod(self.grid) :].clone())
         if init == "body":
-            weight, bias = own.proj.weight.detach(), own.proj.bias
-            self.conv.weight.data = weight.repeat(1, math.ceil(C / 3), 1, 1)[:, :C].contiguous()
-            self.conv.bias.data = (
-                torch.zeros(len(weight)) if bias is None else bias.detach().clone()
-            )
-            return
-        if isinstance(self.norm, nn.LayerNorm):
-            self.norm.reset_parameters()
-        if self.position is not None:
-            nn.init.normal_(self.position, std=0.02)
+            weight = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
+            self.conv.weight.data = weight.contiguous()
+            nn.init.zeros_(self.conv.bias)
+            if own.proj.bias is not None:
+                self.conv.bias.data = own.proj.bias.detach().clone()
+        else:
+            if isinstance(self.norm, nn.LayerNorm):
+                self.norm.reset_parameters()
+            if self.position is not None:
+                nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
@@ -186,8 +192,6 @@ def source_embedder(net: nn.Module) -> nn.Module:
 
 
 # ---- 4. Body g: bodies.adapt(), the layers of the pretrained model -------------------------------
-
-
 # ---- 5. Predictors h^t and h^s -------------------------------------------------------------------
 
 
@@ -519,7 +523,7 @@ def main(cfg: Config) -> dict:
     record = Record(out, cfg, METHOD, start)
     if record.result:
         return record.result
-    run.describe(cfg, METHOD, task, model, out, shape)
+    run.describe(cfg, METHOD, task, model, out, shape, cfg.source)
 
     val_error = finetune(model, mixer, task, cfg, record)
     record.restore_best(model)

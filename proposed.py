@@ -57,7 +57,8 @@ import contrast
 import run
 import tasks
 from run import Record, Settings, opt
-from tasks import papers
+from tasks import balanced_rows, papers
+from tasks.metrics import separability
 
 # B batch, C channels, L length or H x W, N patches, D width of the body, M numbers of d, K classes
 METHOD = "proposed"
@@ -87,7 +88,7 @@ class Config(Settings):
     contrast_epochs: int = opt(5, "epochs of stage 2", low=1)
     contrast_steps_per_epoch: int = opt(20, "steps in each of these epochs", low=1)
     contrast_lr: float = opt(3e-4, "learning rate of stage 2", low=0)
-    tau: float = opt(0.2, "temperature of the cosines", low=0.05)
+    tau: float = opt(0.2, "temperature of the cosines, but in literal", low=0.05)
     lambda_eps: float = opt(1.0, "epsilon of lambda, which is at most (1 + eps) / eps", low=1e-6)
     preserve: str = opt("", "form of P_l; default: margin, or jacobian for values", PRESERVE)
     # stage 3, fine-tuning, and prediction (slide 37)
@@ -103,8 +104,6 @@ def configure(**given) -> Config:
 
 
 # ---- 2. Data: run.load_task(), which asks tasks/ -------------------------------------------------
-
-
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
 
 
@@ -162,16 +161,16 @@ class ImageEmbedder(nn.Module):
         if hasattr(net, "pos_embed"):  # the class token has the first of them
             self.position = nn.Parameter(net.pos_embed.detach()[0, -math.prod(self.grid) :].clone())
         if init == "body":
-            weight, bias = own.proj.weight.detach(), own.proj.bias
-            self.conv.weight.data = weight.repeat(1, math.ceil(C / 3), 1, 1)[:, :C].contiguous()
-            self.conv.bias.data = (
-                torch.zeros(len(weight)) if bias is None else bias.detach().clone()
-            )
-            return
-        if isinstance(self.norm, nn.LayerNorm):
-            self.norm.reset_parameters()
-        if self.position is not None:
-            nn.init.normal_(self.position, std=0.02)
+            weight = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
+            self.conv.weight.data = weight.contiguous()
+            nn.init.zeros_(self.conv.bias)
+            if own.proj.bias is not None:
+                self.conv.bias.data = own.proj.bias.detach().clone()
+        else:
+            if isinstance(self.norm, nn.LayerNorm):
+                self.norm.reset_parameters()
+            if self.position is not None:
+                nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
@@ -181,8 +180,6 @@ class ImageEmbedder(nn.Module):
 
 
 # ---- 4. Body g: bodies.adapt(), the layers of the pretrained model -------------------------------
-
-
 # ---- 5. Predictor h^t ----------------------------------------------------------------------------
 
 
@@ -408,27 +405,6 @@ class Contrast(nn.Module):
             return contrast.preserved_by_jacobian(h, d, noisy, C, soft=self.values)
 
 
-# Copied from orca.balanced_rows
-def balanced_rows(labels: Tensor, size: int, rng: torch.Generator) -> Tensor:
-    """Rows of about `size` random samples: equally many of each class, or all where it has fewer.
-
-    labels: (n,), classes of all samples. Each class gives at least 2 samples if it has them.
-    """
-    per_class = max(2, size // len(labels.unique()))
-    order = torch.randperm(len(labels), generator=rng)
-    return torch.cat([order[labels[order] == c][:per_class] for c in labels.unique()])
-
-
-# Copied from orca.separability
-def separability(z: Tensor, y: Tensor, K: int) -> Tensor:
-    """Share of the variance of z (m, D) between the K classes y (m,): 1 if each is a point; by
-    chance (K - 1) / (m - 1)."""
-    member = F.one_hot(y, K).to(z.dtype)  # (m, K)
-    means = (member.T @ z) / member.sum(dim=0).clamp(min=1)[:, None]
-    within = (z - means[y]).square().sum()
-    return 1 - within / (z - z.mean(dim=0)).square().sum().clamp(min=1e-30)
-
-
 # Adapted from orca.freeze: the three options of slide 37
 def freeze(model: Model, what: str) -> None:
     """Fix the weights that stage 3 is to leave as they are (slide 37)."""
@@ -642,7 +618,7 @@ def main(cfg: Config) -> dict:
     record = Record(out, cfg, METHOD, start)
     if record.result:
         return record.result
-    run.describe(cfg, METHOD, task, model, out, shape)
+    run.describe(cfg, METHOD, task, model, out, shape, "none")
 
     train_predictor(model, task, rows, labels, cfg, record)  # stages 1 and 2
     val_error = finetune(model, task, cfg, record)  # stage 3

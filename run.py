@@ -75,7 +75,9 @@ class Settings:
     train_size: int = opt(0, "number of training samples; 0: all that the task has", low=0)
     paper: bool = opt(False, "the papers' setting: real data, large bodies, published values")
     body: str = opt("", "folder or hub name of g, or random:NAME; default: the tiny body")
-    source: str = opt("", "source data set; default: the task's own choice", tasks.SOURCES)
+    source: str = opt(
+        "", "source data set, where a method has one; default: the task's own choice", tasks.SOURCES
+    )
     source_size: int = opt(2000, "number of source samples", low=2)
     patches: int = opt(0, "largest number of patches N; 0: 32 for series, 256 for images", low=0)
     embedder_init: str = opt("body", "starting point of f^t", ("body", "random"))
@@ -360,7 +362,7 @@ def schedule_of(optimizer: torch.optim.Optimizer, cfg, epoch_steps: int):
 # ---- 4. Around a run -----------------------------------------------------------------------------
 
 
-def describe(cfg, method: str, task, model: nn.Module, out: Path, shape: dict) -> None:
+def describe(cfg, method: str, task, model: nn.Module, out: Path, shape: dict, source: str) -> None:
     """Print the header; write config.json: settings, what load() needs, versions, command."""
     if rank() > 0:
         return
@@ -370,7 +372,7 @@ def describe(cfg, method: str, task, model: nn.Module, out: Path, shape: dict) -
     processes = f" processes={world()}" if world() > 1 else ""
     print(
         f"{method} | task={cfg.task} data={task.data} {tasks.describe(task)} "
-        f"train/val/test={sizes} body={cfg.body} source={cfg.source} device={Process.device}"
+        f"train/val/test={sizes} body={cfg.body} source={source} device={Process.device}"
         f"{processes} precision={cfg.precision} tf32={tf32} seed={cfg.seed} "
         f"torch={torch.__version__} params={count:.2f}M out={out}",
         *(f"note: {notice}" for notice in task.notices),
@@ -382,7 +384,7 @@ def describe(cfg, method: str, task, model: nn.Module, out: Path, shape: dict) -
     versions |= {name: sys.modules[name].__version__ for name in used}
     content = {"config": asdict(cfg), "model": shape, "kind": task.kind, "encoding": task.encoding}
     content |= {"versions": versions, "command": sys.argv}
-    (out / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_atomically(out / "config.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
 def finish(

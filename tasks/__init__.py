@@ -399,6 +399,16 @@ def some_classes(task: Task, seed: int = 0) -> tuple[list[int], Tensor]:
     return rows, torch.from_numpy(label).long()
 
 
+def balanced_rows(labels: Tensor, size: int, rng: torch.Generator) -> Tensor:
+    """Rows of about `size` random samples: equally many of each class, or all where it has fewer.
+
+    labels: (n,), classes of all samples. Each class gives at least 2 samples if it has them.
+    """
+    per_class = max(2, size // len(labels.unique()))
+    order = torch.randperm(len(labels), generator=rng)
+    return torch.cat([order[labels[order] == c][:per_class] for c in labels.unique()])
+
+
 def _some(task: Task, seed: int) -> Subset:
     """Random training samples, in their order, ENOUGH but MOST numbers in all; or all samples.
 

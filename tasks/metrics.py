@@ -221,6 +221,18 @@ def mae8(out: Tensor, y: Tensor) -> float:
     return sum(values) / len(values)
 
 
+# ---- of features ------------------------------------------------------------------------------
+
+
+def separability(z: Tensor, y: Tensor, K: int) -> Tensor:
+    """Share of the variance of z (m, D) between the K classes y (m,): 1 if each is a point; by
+    chance (K - 1) / (m - 1)."""
+    member = F.one_hot(y, K).to(z.dtype)  # (m, K)
+    means = (member.T @ z) / member.sum(dim=0).clamp(min=1)[:, None]
+    within = (z - means[y]).square().sum()
+    return 1 - within / (z - z.mean(dim=0)).square().sum().clamp(min=1e-30)
+
+
 # ---- what they share -------------------------------------------------------------------------
 
 

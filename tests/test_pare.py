@@ -359,6 +359,14 @@ def test_k_end_beyond_k0_is_refused(series, tmp_path):
         pare.main(cfg)
 
 
+def test_a_first_epoch_without_a_loss_is_refused():
+    """lambda = 1 there: nothing of the target's labels, and the source's are left out."""
+    off = {"plain_target_loss": "off", "source_labels": "off"}
+    with pytest.raises(ValueError, match="leaves no loss in the first epoch.*--lam k/N"):
+        pare.Config(**off)
+    assert pare.Config(**off, lam="k/N").lam == "k/N"
+
+
 def test_the_last_batch_is_mixed_as_well(series, tmp_path, monkeypatch):
     """87 samples in batches of 32: the last has 23, and the source follows."""
     sizes = []
