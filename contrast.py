@@ -11,6 +11,7 @@ deviations. z = h(d) are the outputs that are compared.
     (N4)  lambda_ij = (1 + eps) / (max(0, correlation(y_i, y_j)) + eps), 1 for equal labels
     (N5)  P_l(d~) = P(label(d~) = label(d)), about 1 - |d~ - d| |dh/dd| / C      slide 36
     (N7)  y = E[h(d~)] over perturbed d~                                         slide 37
+Fine-tuning, which comes between the last two, is in proposed.py.
 
 How the slides were read:
  - `literal` is (N3) as it stands. A cosine can be negative, and then its logarithm may not exist:

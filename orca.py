@@ -79,7 +79,7 @@ class Config(Settings):
     align_epochs: int = opt(20, "epochs of stage 2 (the paper: 60)", low=1)
     align_steps_per_epoch: int = opt(3, "steps in each of these epochs (the paper: 1)", low=1)
     align_lr: float = opt(1e-4, "learning rate of stage 2", low=0)
-    align_drop: int = opt(0, "epochs after which that rate is divided by 5; 0: never", low=0)
+    align_drop: int = opt(0, "epochs between two divisions of that rate by 5; 0: never", low=0)
     align_samples: int = opt(0, "target samples in a step of stage 2; 0: 384", low=0)
     # stage 3, fine-tuning (slides 6 and 17)
     freeze: str = opt("none", "part that stage 3 leaves as it is", FREEZE)

@@ -90,7 +90,7 @@ class Config(Settings):
     contrast_lr: float = opt(3e-4, "learning rate of stage 2", low=0)
     tau: float = opt(0.2, "temperature of the cosines, but in literal", low=0.05)
     lambda_eps: float = opt(1.0, "epsilon of lambda, which is at most (1 + eps) / eps", low=1e-6)
-    preserve: str = opt("", "form of P_l; default: margin, or jacobian for values", PRESERVE)
+    preserve: str = opt("", "form of P_l; default: margin with labels, jacobian without", PRESERVE)
     # stage 3, fine-tuning, and prediction (slide 37)
     finetune: str = opt("embedder", "part of f that stage 3 trains", FINETUNE)
     prediction: str = opt("normal", "prediction: h(d) or E[h(d~)]", ("normal", "perturbed"))

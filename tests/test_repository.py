@@ -186,6 +186,7 @@ WORKS = {"2302.05738": "Shen et al. 2023", "2406.09003": "Cai et al. 2024"}
 WORKS |= {"2403.13537": "García-de-Herreros et al. 2024", "A Kernel": "Gretton et al. 2012"}
 WORKS |= {"2002.02923": "Alvarez-Melis and Fusi 2020", "2110.05668": "Tu et al. 2022"}
 WORKS |= {"2210.07182": "Takamoto et al. 2022"}
+WORKS |= {"2004.11362": "Khosla et al. 2020"}
 
 
 @pytest.mark.parametrize(("work", "name"), WORKS.items())
