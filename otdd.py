@@ -88,7 +88,7 @@ def _rescaled(s, t):
 
 
 @torch.no_grad()
-def _costs(x, z, p):
+def _costs(x, z, p=2):
     """|x_i - z_j|^p, (n, m), from one matrix product; z may be a batch of sets."""
     for u, v in ((x.to(dtype), z.to(dtype)) for dtype in (x.dtype, torch.float64)):
         cost = (u @ v.mT).mul_(-2).add_(v.square().sum(-1)[..., None, :])
@@ -98,8 +98,10 @@ def _costs(x, z, p):
     return (cost if p == 2 else cost.pow_(p / 2)).to(x.dtype)
 
 
-def _steepness(d2, p):
-    return 2.0 if p == 2 else p * torch.where(d2 > 0, d2 ** (p / 2 - 1), 0)
+def _mean_cost(x, z):
+    """The mean of |x - z|^2 over all pairs, (), differentiable."""
+    spreads = sum((v - v.mean(0)).square().sum(1).mean() for v in (x, z))
+    return spreads + (x.mean(0) - z.mean(0)).square().sum()
 
 
 def _in_units(value, unit, p):
@@ -109,82 +111,73 @@ def _in_units(value, unit, p):
     return value
 
 
+# ---- Transport -----------------------------------------------------------------------------------
+
+
+def _transport(x, z, sizes, p, labels=None, eps=None, mean=None, tol=None):
+    """Transport from x (n, D) to each of the C sets that follow one another in z (m, D).
+
+    Args:
+        sizes: of the sets. eps: None is exact (D3), else a tensor, absolute (D5).
+        labels: None or (W (n, k), y (m,)): the costs have W[:, y] on top (D1). mean: of the costs.
+    Returns: values, (C,), differentiable; plans, which yield blocks of rows: which rows these are,
+        their plan (k, m), and w = pi |x - z|^(p - 2).
+    """
+    y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(z.device)
+    if eps is None:
+        return _Envelope.apply(x, z, y, *_exact(x.detach(), z.detach(), y, sizes, p, labels), p)
+    plans = _Entropic(x.detach(), z.detach(), sizes, labels)
+    plans.solve(float(eps.detach()), float(mean.detach()), tol)
+    values, plans = _Envelope.apply(x, z, y, plans.values, plans, p)
+    KL = (plans.values - plans.linear()) / eps.detach()
+    return values + KL * (eps - eps.detach()), plans  # (D7)
+
+
 class _Envelope(torch.autograd.Function):
     """The values of transport plans, (C,), with the gradient for constant plans (D7)."""
 
     @staticmethod
-    def forward(ctx, x, z, pi):
-        ctx.save_for_backward(x, z)
-        ctx.pi = pi
-        return pi.values.clone()
+    def forward(ctx, x, z, y, values, plans, p):
+        ctx.save_for_backward(x, z, y)
+        ctx.plans, ctx.p = plans, p
+        return values.clone(), plans
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, slope):
-        x, z = (torch.cat([v, torch.ones_like(v[:, :1])], 1) for v in ctx.saved_tensors)
-        wz, wx, slope = torch.zeros_like(x), torch.zeros_like(z), slope[ctx.pi.y, None]
-        for rows, w in ctx.pi.blocks(steep=True):  # w = pi * p |x - z|^(p - 2)
+    def backward(ctx, slope, _):
+        x, z, y = ctx.saved_tensors
+        x, z = (torch.cat([v, torch.ones_like(v[:, :1])], 1) for v in (x, z))
+        wz, wx, slope = torch.zeros_like(x), torch.zeros_like(z), ctx.p * slope[y, None]
+        for rows, _, w in ctx.plans:
             wz[rows] += w @ (slope * z)
             wx += slope * (w.T @ x[rows])
-        return *(w[:, -1:] * v[:, :-1] - w[:, :-1] for v, w in ((x, wz), (z, wx))), None
+        x_grad, z_grad = (w[:, -1:] * v[:, :-1] - w[:, :-1] for v, w in ((x, wz), (z, wx)))
+        return x_grad, z_grad, None, None, None, None
 
 
-# ---- Transport -----------------------------------------------------------------------------------
-
-
-def _transport(x, z, sizes, p, eps=None, tol=None, spread=None, labels=None):
-    """Transport from x (n, D) to each set of the given sizes in z (m, D): values (C,), and plans.
-
-    eps: None is exact (D3), else a tensor (D5), infinity for the product of the marginals; spread:
-    the size of the costs. labels: (W (n, k), y (m,)), where the costs have W[:, y] on top.
-    """
-    x0, z0 = x.detach(), z.detach()
-    y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(z.device)
-    if eps is None:
-        plans = _Exact(x0, z0, y, sizes, p, labels)
+def _exact(x, z, y, sizes, p, labels):
+    """Exact plans (D3): their values, (C,), and all of them as one sparse block."""
+    costs = _costs(x, z, p).cpu()
+    if labels:
+        costs += labels[0][:, labels[1]].cpu()
+    if len(x) == 1:  # every set has a single plan
+        j = torch.arange(len(z))
+        i, mass = torch.zeros_like(j), 1 / torch.tensor(sizes).double()[y.cpu()]
     else:
-        plans = _Entropic(x0, z0, y, sizes, p, labels, float(eps.detach())).solve(tol, spread)
-    values = _Envelope.apply(x, z, plans)
-    if eps is not None and eps < math.inf:
-        KL = (plans.values - plans.linear()) / eps.detach()
-        values = values + KL * (eps - eps.detach())  # (D7)
-    return values, plans
-
-
-class _Exact:
-    """Exact plans (D3): mass[k] goes from i[k] to j[k]."""
-
-    def __init__(self, x, z, y, sizes, p, labels):
-        self.x, self.z, self.y, self.p = x, z, y, p
-        whole = _costs(x, z, p).cpu() if labels or len(x) * len(z) <= DENSE else None
-        if labels:
-            whole += labels[0][:, labels[1]].cpu()
-
-        def solve(end, size):
-            own = slice(end - size, end)
-            cost = _costs(x, z[own], p).cpu() if whole is None else whole[:, own]
-            i, j, mass = _solve(cost)
-            return i, j + own.start, mass, cost[i, j]
-
-        if len(x) == 1 and whole is not None:  # every set has a single plan: all at once
-            j = torch.arange(len(z))
-            edges = [(j * 0, j, 1 / y.bincount()[y].double().cpu(), whole[0])]
-        else:
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # POT releases Python's lock
-                edges = list(pool.map(solve, torch.tensor(sizes).cumsum(0).tolist(), sizes))
-        self.i, self.j, mass, cost = (torch.cat(v).to(x.device) for v in zip(*edges, strict=True))
-        self.mass = mass.to(x)
-        self.values = x.new_zeros(len(sizes)).index_add_(0, y[self.j], self.mass * cost)
-
-    def blocks(self, steep=False):
-        """All rows, and their plan (n, m), times p |x - z|^(p - 2) if it is to be steep."""
-        w = self.mass
-        if steep:
-            d2 = None if self.p == 2 else (self.x[self.i] - self.z[self.j]).square().sum(1)
-            w = w * _steepness(d2, self.p)
-        edges = torch.stack([self.i, self.j])
-        shape = len(self.x), len(self.z)
-        yield slice(None), torch.sparse_coo_tensor(edges, w, shape, check_invariants=False)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # POT releases Python's lock
+            found = list(pool.map(_solve, costs.split(sizes, dim=1)))
+        i, j, mass = (torch.cat(v) for v in zip(*found, strict=True))
+        counts = torch.tensor([len(edges) for edges, _, _ in found])
+        j += (torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)).repeat_interleave(counts)
+    cost, mass, i, j = costs[i, j].to(x), mass.to(x), i.to(x.device), j.to(x.device)
+    values = x.new_zeros(len(sizes)).index_add_(0, y[j], mass * cost)
+    w = mass
+    if p != 2:
+        d2 = (x[i] - z[j]).square().sum(1)
+        w = mass * torch.where(d2 > 0, d2 ** (p / 2 - 1), 0)
+    edges, shape = torch.stack([i, j]), (len(x), len(z))
+    pi, w = (torch.sparse_coo_tensor(edges, v, shape, check_invariants=False) for v in (mass, w))
+    return values, [(slice(None), pi, w)]
 
 
 def _solve(cost):
@@ -204,10 +197,11 @@ def _solve(cost):
             u = 1 / (K @ (1 / (K.T @ u)))
         f = f + eps * u.log()
     g = (c - f).amin(0)  # (D8): potentials near the optimum save much of the search
-    options = dict(numItermax=10**9, check_marginals=False)
-    options["potentials_init"] = f[:, 0].double().numpy(), g.double().numpy()
+    start = f[:, 0].double().numpy(), g.double().numpy()
     a, b = np.full(n, float(m)), np.full(m, float(n))  # whole numbers, which are not rounded
-    plan = torch.from_numpy(ot.emd(a, b, c.double().numpy(), **options))
+    c = c.double().numpy()
+    plan = ot.emd(a, b, c, numItermax=10**9, check_marginals=False, potentials_init=start)
+    plan = torch.from_numpy(plan)
     i, j = plan.nonzero().T
     return i, j, plan[i, j] / (n * m)
 
@@ -220,29 +214,20 @@ class _Entropic:
     costs only occur in K v and u K, K = exp((f + g - c) / eps), which are sums over blocks of rows.
     """
 
-    def __init__(self, x, z, y, sizes, p, labels, eps):
-        self.x, self.z, self.y, self.sizes, self.p, self.labels, self.eps = (
-            x,
-            z,
-            y,
-            sizes,
-            p,
-            labels,
-            eps,
-        )
+    def __init__(self, x, z, sizes, labels):
+        self.x, self.labels = x, labels
         self.sets = pad_sequence(z.split(sizes), batch_first=True)
         self.b = pad_sequence([z.new_ones(k) / k for k in sizes], batch_first=True)[:, None]
         self.f, self.g = x.new_zeros(len(sizes), len(x), 1), torch.zeros_like(self.b)
         step = len(x) if len(x) * self.b.numel() <= DENSE else max(1, BLOCK // self.b.numel())
         self.rows = [slice(i, min(i + step, len(x))) for i in range(0, len(x), step)]
-        self.whole = None
-        if len(self.rows) == 1:
-            self.whole = self.costs(self.rows[0])
+        self.whole = None  # the costs, if they are a single block
+        self.whole = self.costs(self.rows[0]) if len(self.rows) == 1 else None
 
     def costs(self, rows):
         if self.whole is not None:
             return self.whole
-        c = _costs(self.x[rows], self.sets, self.p)
+        c = _costs(self.x[rows], self.sets)
         return c if self.labels is None else c + self.labels[0][rows][:, self.labels[1]]
 
     def kernel(self, rows):
@@ -255,42 +240,29 @@ class _Entropic:
     def linear(self):  # <pi, c>, (C,)
         return sum((self.plan(rows) * self.costs(rows)).sum((1, 2)) for rows in self.rows)
 
-    def blocks(self, steep=False):
-        """Rows and their plan (k, m), times p |x - z|^(p - 2) if it is to be steep."""
+    def __iter__(self):
         for rows in self.rows:
-            w = self.plan(rows)
-            if steep:
-                d2 = None if self.p == 2 else _costs(self.x[rows], self.sets, 2)
-                w = w * _steepness(d2, self.p)
-            yield rows, w.transpose(0, 1)[:, self.b[:, 0] > 0]
+            pi = self.plan(rows).transpose(0, 1)[:, self.b[:, 0] > 0]
+            yield rows, pi, pi
 
-    def solve(self, tol, spread):
-        """Find potentials, to within tol of the values; eps starts at spread."""
-        if self.eps == math.inf:
-            self.values = self.linear()
-            return self
-        eps, precision, sweeps = self.eps, torch.finfo(self.b.dtype).eps, 10
-        if eps < 8 * precision * spread:
-            raise ValueError(f"got eps={eps / spread:.0e} of the mean cost; raise eps")
-        levels = [eps * 4**k for k in range(20, 0, -1) if eps * 4**k < spread]
-        if len(self.rows) > 1 and len(self.x) >= 256:  # start from every fourth row
-            labels = self.labels and (self.labels[0][::4], self.labels[1])
-            thin = _Entropic(self.x[::4], self.z, self.y, self.sizes, self.p, labels, eps)
-            self.g, sweeps, levels = thin.solve(1e-3, spread).g, 2, []
-        padding = torch.where(self.b > 0, 0, math.inf)
-        least = [(self.costs(rows) - self.g + padding).amin(2, True) for rows in self.rows]
+    def solve(self, eps, mean, tol):
+        """Find potentials, to within tol of the values; eps comes down from the mean cost."""
+        precision, padding = torch.finfo(self.b.dtype).eps, torch.where(self.b > 0, 0, math.inf)
+        if eps < 8 * precision * mean:
+            raise ValueError(f"got eps={eps / mean:.0e} of the mean cost; raise eps")
+        least = [(self.costs(rows) + padding).amin(2, keepdim=True) for rows in self.rows]
         self.f, done = torch.cat(least, 1), False
+        levels = [eps * 4**k for k in range(20, 0, -1) if eps * 4**k < mean]
         for self.eps in [*levels, *[eps] * 50]:
-            gap = self.improve(sweeps, newton=not done)
+            gap = self.improve(newton=not done)
             if done:
-                return self
+                return
             limit = max(tol, 8 * precision) * self.values + precision * eps
             done = self.eps == eps and bool((gap <= limit).all())
         off = float((gap / self.values).max())
         warnings.warn(f"sinkhorn stopped {off:.0e} of the value short; raise eps", stacklevel=2)
-        return self
 
-    def improve(self, sweeps, newton):
+    def improve(self, newton):
         """Sinkhorn's steps, then one of Newton's by conjugate gradients. Sets the values after the
         former; returns how much the latter adds, to second order, (C,)."""
         b, K = self.b, self.kernel(self.rows[0]) if len(self.rows) == 1 else None
@@ -311,7 +283,7 @@ class _Entropic:
             return (b * x * y).sum(2, keepdim=True)
 
         marginal = torch.ones_like(v)
-        for _ in range(sweeps):
+        for _ in range(10):
             v = (v / marginal).clamp_(1e-9, 1e9)
             marginal = v * through(v, normalise)  # the target's, over b; the source's are right
         f, g = self.f + self.eps * u.log(), self.g + self.eps * v.log()
@@ -340,33 +312,31 @@ class _Entropic:
 
 
 def _gaussians(s):
-    """Of every class: the mean, the trace of S, and L with S = L^T L, padded with zero rows."""
+    """Of every class: the mean, and L with S = L^T L."""
     if min(s.sizes) < 2:
         label = int(s.labels[s.sizes.index(1)])
         raise ValueError(f"got 1 sample of class {label}, 'gaussian' needs 2; choose 'exact'")
-    means = [v.mean(0) for v in s.x.split(s.sizes)]
-    roots = [
-        (v - mean) / math.sqrt(len(v) - 1)
-        for v, mean in zip(s.x.split(s.sizes), means, strict=True)
-    ]
-    traces = [L.square().sum() for L in roots]
+    means = torch.stack([v.mean(0) for v in s.x.split(s.sizes)])
+    scale = (torch.tensor(s.sizes).to(s.x) - 1).sqrt()
+    rows = (s.x - means[s.y]) / scale[s.y, None]
+    L = pad_sequence(rows.split(s.sizes), batch_first=True)
     # S = (Q^T L)^T (Q^T L) for an orthonormal basis Q of the columns of L: D rows are enough.
-    roots = [torch.linalg.qr(L.detach()).Q.T @ L if len(L) > L.shape[1] else L for L in roots]
-    return torch.stack(means), torch.stack(traces), pad_sequence(roots, batch_first=True)
+    return means, torch.linalg.qr(L.detach()).Q.mT @ L if L.shape[1] > L.shape[2] else L
 
 
 class OTDD:
     """The distance of data sets to one source, as every step of an alignment needs it. Arguments as
-    in `otdd`; x_s is held constant. Nothing is carried over from one call to the next."""
+    in `otdd`; detach x_s if it is constant. Nothing is carried over from one call to the next."""
 
     def __init__(self, x_s, y_s, *, p=2, label_distance="exact", eps=0.0, debias=False, tol=1e-7):
-        kinds, power = ("exact", "gaussian", "sinkhorn"), p == 2 or label_distance != "gaussian"
-        if not (label_distance in kinds and power and 1 <= p < torch.inf and 0 <= eps < torch.inf):
-            want = f"one of {kinds}; p >= 1, 2 for 'gaussian'; eps >= 0, a share of the mean cost"
+        kinds = ("exact", "gaussian", "sinkhorn")
+        power = p == 2 or (1 <= p < torch.inf and label_distance == "exact" and eps == 0)
+        if not (label_distance in kinds and power and 0 <= eps < torch.inf):
+            want = f"one of {kinds}; p = 2, or p >= 1 if all is exact; eps >= 0, of the mean cost"
             raise ValueError(f"got {label_distance=}, {p=}, {eps=}; expected {want}")
         self.p, self.label_distance, self.eps, self.tol = p, label_distance, eps, tol
         self.debias = debias and (eps > 0 or label_distance == "sinkhorn")  # exact: nothing to do
-        self.s = _Set(torch.as_tensor(x_s).detach(), y_s, "s")
+        self.s = _Set(x_s, y_s, "s")
 
     def __call__(self, x_t, y_t, *, plan=False):
         s, t, unit = _rescaled(self.s, _Set(x_t, y_t, "t", self.s))
@@ -378,57 +348,50 @@ class OTDD:
         value = _in_units(value, unit, self.p)
         if not plan:
             return value
-        pi = torch.cat([block.to_dense() for _, block in plans.blocks()])
+        pi = torch.cat([pi.to_dense() for _, pi, _ in plans])
         return value, pi[s.order.argsort()][:, t.order.argsort()]
 
     def _between(self, s, t, strengths):
         """The programme over all samples (D2): its value, and its plan."""
-        W, sizes, eps = self._labels(s, t, strengths), [len(t.y)], None
+        W, eps, mean = self._labels(s, t, strengths), None, None
         if self.eps:
-            mean = _transport(s.x, t.x, sizes, self.p, torch.tensor(math.inf))[0].sum()
-            mean = mean + W[s.y].mean(0)[t.y].mean()
+            mean = _mean_cost(s.x, t.x) + W[s.y].mean(0)[t.y].mean()
             eps = strengths.setdefault("samples", self.eps * mean + torch.finfo(W.dtype).tiny)
         labels = W.detach()[s.y], t.y  # (D1)
-        value, plans = _transport(
-            s.x,
-            t.x,
-            sizes,
-            self.p,
-            eps,
-            self.tol,
-            float(mean.detach()) if self.eps else None,
-            labels,
-        )
+        value, plans = _transport(s.x, t.x, [len(t.y)], self.p, labels, eps, mean, self.tol)
         mass = torch.zeros_like(W)  # from class to class
-        for rows, pi in plans.blocks():
-            columns = pi @ one_hot(t.y).to(W)
-            mass.index_add_(0, s.y[rows], columns)
+        for rows, pi, _ in plans:
+            mass.index_add_(0, s.y[rows], pi @ one_hot(t.y).to(W))
         return value.sum() + (mass * (W - W.detach())).sum(), plans
 
     def _labels(self, s, t, strengths):
         """W_p^p between the classes, (C_s, C_t)."""
         if self.label_distance == "gaussian":
-            (m_s, tr_s, L_s), (m_t, tr_t, L_t) = _gaussians(s), _gaussians(t)
+            (m_s, L_s), (m_t, L_t) = _gaussians(s), _gaussians(t)
+            tr_s, tr_t = (L.square().sum((1, 2)) for L in (L_s, L_t))
             cross = torch.stack([torch.linalg.matrix_norm(L @ L_t.mT, "nuc") for L in L_s])
             return (m_s[:, None] - m_t).square().sum(-1) + tr_s[:, None] + tr_t - 2 * cross  # (D4)
         eps, mean = None, None
         if self.label_distance == "sinkhorn":
-            mean = _transport(s.x, t.x, [len(t.y)], self.p, torch.tensor(math.inf))[0].sum()
+            mean = _mean_cost(s.x, t.x)
             eps = (self.eps or 1e-2) * mean + torch.finfo(mean.dtype).tiny
-            eps, mean = strengths.setdefault("labels", eps), float(mean.detach())
+            eps = strengths.setdefault("labels", eps)
         rows = [
-            _transport(x, t.x, t.sizes, self.p, eps, self.tol, mean) for x in s.x.split(s.sizes)
+            _transport(x, t.x, t.sizes, self.p, None, eps, mean, self.tol)[0]
+            for x in s.x.split(s.sizes)
         ]
-        return torch.stack([values for values, _ in rows])  # (D3), (D5)
+        return torch.stack(rows)  # (D3), (D5)
 
 
-def otdd(x_s, y_s, x_t, y_t, *, plan=False, **options):
+def otdd(
+    x_s, y_s, x_t, y_t, *, p=2, label_distance="exact", eps=0.0, debias=False, tol=1e-7, plan=False
+):
     """Optimal transport dataset distance to the power p, min over pi of <pi, d_Z^p>; slide 10.
 
     Args:
         x_s, x_t: features, (n, D) and (m, D); y_s, y_t: labels, (n,) and (m,), any integers.
-        p: the power, 2. label_distance: "exact" (D3), "gaussian" (D4; covariances over n_c - 1) or
-            "sinkhorn" (D5). plan: return pi, too.
+        p: the power, 2; another only if all is exact. label_distance: "exact" (D3), "gaussian"
+            (D4; covariances over n_c - 1) or "sinkhorn" (D5). plan: return pi, too.
         eps: 0 is exact; else entropic (D5), a share of the mean cost ("sinkhorn" labels: of the
             mean feature cost, 1e-2 if eps is 0), as whose part it is differentiated.
         debias: the divergence (D6), 0 on itself, with the absolute eps of its first term in all.
@@ -437,21 +400,20 @@ def otdd(x_s, y_s, x_t, y_t, *, plan=False, **options):
     Raises: ValueError on NaN, empty or mismatched input, one-sample classes with "gaussian".
     With eps, more than DENSE pairs of samples are streamed: slower, in memory O(n + m).
     """
-    distance = OTDD(x_s, y_s, **options)
-    distance.s = _Set(x_s, y_s, "s")
+    distance = OTDD(x_s, y_s, p=p, label_distance=label_distance, eps=eps, debias=debias, tol=tol)
     return distance(x_t, y_t, plan=plan)
 
 
-def label_distances(x_s, y_s, x_t, y_t, **options):
+def label_distances(x_s, y_s, x_t, y_t, *, p=2, label_distance="exact", eps=0.0, tol=1e-7):
     """W_p^p between the classes, (C_s, C_t), rows and columns by ascending label; as in `otdd`."""
-    distance, s = OTDD(x_s, y_s, **options), _Set(x_s, y_s, "s")
-    s, t, unit = _rescaled(s, _Set(x_t, y_t, "t", s))
-    return _in_units(distance._labels(s, t, {}), unit, distance.p)
+    distance = OTDD(x_s, y_s, p=p, label_distance=label_distance, eps=eps, tol=tol)
+    s, t, unit = _rescaled(distance.s, _Set(x_t, y_t, "t", distance.s))
+    return _in_units(distance._labels(s, t, {}), unit, p)
 
 
 def wasserstein(x_s: Tensor, x_t: Tensor, *, p=2, eps=0.0, tol=1e-7) -> Tensor:
     """W_p = (min over pi of <pi, |x - x'|^p>)^(1/p) of point clouds (n, D), (m, D); slide 41. With
-    eps OT_eps^(1/p) (D5), KL term included, eps as a share of the mean cost."""
+    eps, for p = 2, OT_eps^(1/2) (D5), KL term included, eps as a share of the mean cost."""
     y_s, y_t = (torch.zeros(v.shape[:1], dtype=torch.long, device=v.device) for v in (x_s, x_t))
     kind = "sinkhorn" if eps else "exact"
     cost = label_distances(x_s, y_s, x_t, y_t, p=p, label_distance=kind, eps=eps, tol=tol).sum()

@@ -3,10 +3,12 @@
 python results/bench_otdd.py [--csv results/bench_otdd.csv] [--peers] [--only NAME ...]
 
 float32, 2 threads, gradient to x_t; classes of random, unequal sizes. "warm" is the next step of an
-alignment: the same OTDD object after every target moved by 1 % of the spread. Medians of rounds in
-which the floor and every form run once, so that load is shared. error is relative to the value in
-double precision: exact for "exact" and "eps" rows, Gaussian for "gaussian" rows. memory is the rise
-of the peak resident memory (Linux) in a process of its own, in float32 cost matrices (n, m).
+alignment: the same OTDD object after every target moved by 1 % of the spread. Nothing is carried
+over from one call to the next, so that it differs from "cold" in the target alone. Medians of
+rounds in which the floor and every form run once, so that load is shared. error is relative to the
+value in double precision: exact for "exact" and "eps" rows, Gaussian for "gaussian" rows. memory is
+the rise of the peak resident memory (Linux) in a process of its own, in float32 cost matrices
+(n, m).
 --peers also times the same number from POT alone: ot.emd for each pair of classes, then ot.emd; and
 geomloss' Sinkhorn divergence of the features alone, where geomloss is installed.
 """
@@ -85,7 +87,6 @@ def measure(name: str) -> dict:
     moved = [x_t]
 
     def cold():
-        distance.warm.clear()
         distance(z, y_t).backward()
 
     def warm():  # one step on from where the last round ended
@@ -94,7 +95,6 @@ def measure(name: str) -> dict:
         moved[0] = moved[0].detach()
 
     def forward():
-        distance.warm.clear()
         with torch.no_grad():
             distance(x_t, y_t)
 
