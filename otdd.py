@@ -17,7 +17,6 @@ Needs torch; exact plans also need POT (pip install pot). Source: Alvarez-Melis 
 dataset distances via optimal transport, 2020. Differs: no factor 1/2; labels act on the gradient.
 """
 
-import copy
 import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -53,13 +52,13 @@ def otdd_naive(x_s: Tensor, y_s: Tensor, x_t: Tensor, y_t: Tensor, p: float = 2)
 
 
 class _Set:
-    """A data set sorted by class: x (n, D); y (n,) in 0..C-1; sizes of the C classes; their labels;
-    order (n,), where the samples came from."""
+    """A data set sorted by class: x (n, D), about the source's mean; y (n,) in 0..C-1; sizes of the
+    C classes; their labels; order (n,), where the samples came from."""
 
-    def __init__(self, x, y, name, like=None):
+    def __init__(self, x, y, name, source=None):
         x, y = torch.as_tensor(x), torch.as_tensor(y)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        like = x if like is None else like.x
+        like = x if source is None else source.x
         same = x.dtype == like.dtype and x.device == y.device == like.device
         for right, expected in (
             (x.ndim == 2 and x.numel(), "x (n, D), n >= 1, D >= 1: reshape it or add samples"),
@@ -75,16 +74,9 @@ class _Set:
                 raise ValueError(f"got x_{name}, y_{name} {got}; expected {expected}")
         self.labels, y, sizes = torch.unique(y, return_inverse=True, return_counts=True)
         self.order, self.sizes = y.argsort(stable=True), sizes.tolist()
-        self.x, self.y = x[self.order], y[self.order]
-
-
-def _rescaled(s, t):
-    """Both sets about the source's mean and of about size 1, so that no unit matters; the size."""
-    centre, s, t = s.x.detach().mean(0), copy.copy(s), copy.copy(t)
-    largest = max(float((v.x.detach() - centre).abs().max()) for v in (s, t))
-    size = 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
-    s.x, t.x = (s.x - centre) / size, (t.x - centre) / size
-    return s, t, size
+        x, self.y = x[self.order], y[self.order]
+        self.centre = x.detach().mean(0) if source is None else source.centre
+        self.x = x - self.centre
 
 
 @torch.no_grad()
@@ -98,95 +90,82 @@ def _costs(x, z, p=2):
     return (cost if p == 2 else cost.pow_(p / 2)).to(x.dtype)
 
 
-def _mean_cost(x, z):
-    """The mean of |x - z|^2 over all pairs, (), differentiable."""
-    spreads = sum((v - v.mean(0)).square().sum(1).mean() for v in (x, z))
-    return spreads + (x.mean(0) - z.mean(0)).square().sum()
-
-
-def _in_units(value, unit, p):
-    value = value * torch.as_tensor(unit, dtype=value.dtype) ** p
-    if not value.isfinite().all():
-        raise ValueError(f"got |x - x'|^{p} beyond {value.dtype}; scale the features down")
-    return value
+def _mean_cost(s, t):
+    """The mean of |x - x'|^2 over all pairs of samples, (), differentiable; never quite 0."""
+    spreads = sum((v.x - v.x.mean(0)).square().sum(1).mean() for v in (s, t))
+    gap = (s.x.mean(0) - t.x.mean(0)).square().sum()
+    return spreads + gap + torch.finfo(gap.dtype).tiny
 
 
 # ---- Transport -----------------------------------------------------------------------------------
 
 
-def _transport(x, z, sizes, p, labels=None, eps=None, mean=None, tol=None):
+class _Transport(torch.autograd.Function):
     """Transport from x (n, D) to each of the C sets that follow one another in z (m, D).
 
     Args:
         sizes: of the sets. eps: None is exact (D3), else a tensor, absolute (D5).
-        labels: None or (W (n, k), y (m,)): the costs have W[:, y] on top (D1). mean: of the costs.
-    Returns: values, (C,), differentiable; plans, which yield blocks of rows: which rows these are,
-        their plan (k, m), and w = pi |x - z|^(p - 2).
+        labels: None or (W (n, k), y (m,)): the costs have W[:, y] on top (D1).
+    Returns: values, (C,), differentiable in x, z and eps; plans, which yield blocks of rows: which
+        rows these are, their plan (k, m), and w = pi |x - z|^(p - 2).
     """
-    y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(z.device)
-    if eps is None:
-        return _Envelope.apply(x, z, y, *_exact(x.detach(), z.detach(), y, sizes, p, labels), p)
-    plans = _Entropic(x.detach(), z.detach(), sizes, labels)
-    plans.solve(float(eps.detach()), float(mean.detach()), tol)
-    values, plans = _Envelope.apply(x, z, y, plans.values, plans, p)
-    KL = (plans.values - plans.linear()) / eps.detach()
-    return values + KL * (eps - eps.detach()), plans  # (D7)
-
-
-class _Envelope(torch.autograd.Function):
-    """The values of transport plans, (C,), with the gradient for constant plans (D7)."""
 
     @staticmethod
-    def forward(ctx, x, z, y, values, plans, p):
+    def forward(ctx, x, z, sizes, p, labels=None, eps=None, tol=None):
+        y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(z.device)
+        if eps is None:
+            values, plans = _exact(x, z, y, sizes, p, labels)
+        else:
+            plans = _Entropic(x, z, sizes, labels)
+            plans.solve(float(eps), tol)
+            values = plans.values.clone()
         ctx.save_for_backward(x, z, y)
         ctx.plans, ctx.p = plans, p
-        return values.clone(), plans
+        return values, plans
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope, _):
+        """The gradient of the envelope theorem, in which plans are constant."""
         x, z, y = ctx.saved_tensors
+        eps_grad = None
+        if ctx.needs_input_grad[5]:
+            KL = (ctx.plans.values - ctx.plans.linear()) / ctx.plans.eps
+            eps_grad = (slope * KL).sum()  # (D7)
         x, z = (torch.cat([v, torch.ones_like(v[:, :1])], 1) for v in (x, z))
         wz, wx, slope = torch.zeros_like(x), torch.zeros_like(z), ctx.p * slope[y, None]
-        for rows, _, w in ctx.plans:
+        for rows, _, w in ctx.plans:  # (D7)
             wz[rows] += w @ (slope * z)
             wx += slope * (w.T @ x[rows])
         x_grad, z_grad = (w[:, -1:] * v[:, :-1] - w[:, :-1] for v, w in ((x, wz), (z, wx)))
-        return x_grad, z_grad, None, None, None, None
+        return x_grad, z_grad, None, None, None, eps_grad, None
 
 
 def _exact(x, z, y, sizes, p, labels):
     """Exact plans (D3): their values, (C,), and all of them as one sparse block."""
-    costs = _costs(x, z, p).cpu()
+    costs = _costs(x, z, p)
     if labels:
-        costs += labels[0][:, labels[1]].cpu()
+        costs += labels[0][:, labels[1]]
     if len(x) == 1:  # every set has a single plan
-        j = torch.arange(len(z))
-        i, mass = torch.zeros_like(j), 1 / torch.tensor(sizes).double()[y.cpu()]
+        pi = 1 / torch.tensor(sizes).double()[None, y.cpu()]
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # POT releases Python's lock
-            found = list(pool.map(_solve, costs.split(sizes, dim=1)))
-        i, j, mass = (torch.cat(v) for v in zip(*found, strict=True))
-        counts = torch.tensor([len(edges) for edges, _, _ in found])
-        j += (torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)).repeat_interleave(counts)
-    cost, mass, i, j = costs[i, j].to(x), mass.to(x), i.to(x.device), j.to(x.device)
-    values = x.new_zeros(len(sizes)).index_add_(0, y[j], mass * cost)
-    w = mass
+            pi = torch.cat(list(pool.map(_solve, costs.cpu().split(sizes, dim=1))), dim=1)
+    w = pi = pi.to(x).to_sparse()
+    i, j = pi.indices()
+    values = x.new_zeros(len(sizes)).index_add_(0, y[j], pi.values() * costs[i, j])
     if p != 2:
         d2 = (x[i] - z[j]).square().sum(1)
-        w = mass * torch.where(d2 > 0, d2 ** (p / 2 - 1), 0)
-    edges, shape = torch.stack([i, j]), (len(x), len(z))
-    pi, w = (torch.sparse_coo_tensor(edges, v, shape, check_invariants=False) for v in (mass, w))
+        slopes = pi.values() * torch.where(d2 > 0, d2 ** (p / 2 - 1), 0)
+        w = torch.sparse_coo_tensor(pi.indices(), slopes, pi.shape, check_invariants=False)
     return values, [(slice(None), pi, w)]
 
 
 def _solve(cost):
-    """One exact programme: i, j and mass of the edges that its plan uses."""
+    """The plan of one exact programme, (n, m), in float64."""
     n, m = cost.shape
     if min(n, m) == 1:  # there is no choice
-        i, j = torch.cartesian_prod(torch.arange(n), torch.arange(m)).T
-        return i, j, torch.full((n * m,), 1 / (n * m), dtype=torch.double)
-    import numpy as np
+        return torch.full((n, m), 1 / (n * m), dtype=torch.double)
     import ot  # warns if it stops before the optimum
 
     c = cost / cost.mean().clamp_min(torch.finfo(cost.dtype).tiny)  # POT's tolerances are absolute
@@ -197,13 +176,10 @@ def _solve(cost):
             u = 1 / (K @ (1 / (K.T @ u)))
         f = f + eps * u.log()
     g = (c - f).amin(0)  # (D8): potentials near the optimum save much of the search
-    start = f[:, 0].double().numpy(), g.double().numpy()
-    a, b = np.full(n, float(m)), np.full(m, float(n))  # whole numbers, which are not rounded
-    c = c.double().numpy()
+    start, c = (f[:, 0].double(), g.double()), c.double()
+    a, b = c.new_full((n,), m), c.new_full((m,), n)  # whole numbers, which are not rounded
     plan = ot.emd(a, b, c, numItermax=10**9, check_marginals=False, potentials_init=start)
-    plan = torch.from_numpy(plan)
-    i, j = plan.nonzero().T
-    return i, j, plan[i, j] / (n * m)
+    return plan.div_(n * m)
 
 
 class _Entropic:
@@ -245,26 +221,25 @@ class _Entropic:
             pi = self.plan(rows).transpose(0, 1)[:, self.b[:, 0] > 0]
             yield rows, pi, pi
 
-    def solve(self, eps, mean, tol):
+    def solve(self, eps, tol):
         """Find potentials, to within tol of the values; eps comes down from the mean cost."""
-        precision, padding = torch.finfo(self.b.dtype).eps, torch.where(self.b > 0, 0, math.inf)
-        if eps < 8 * precision * mean:
-            raise ValueError(f"got eps={eps / mean:.0e} of the mean cost; raise eps")
+        self.eps = math.inf  # makes pi the product of its marginals
+        mean, precision = float(self.linear().mean()), torch.finfo(self.b.dtype).eps
+        padding = torch.where(self.b > 0, 0, math.inf)
         least = [(self.costs(rows) + padding).amin(2, keepdim=True) for rows in self.rows]
-        self.f, done = torch.cat(least, 1), False
+        self.f = torch.cat(least, 1)
         levels = [eps * 4**k for k in range(20, 0, -1) if eps * 4**k < mean]
         for self.eps in [*levels, *[eps] * 50]:
-            gap = self.improve(newton=not done)
-            if done:
-                return
+            gap = self.improve()
             limit = max(tol, 8 * precision) * self.values + precision * eps
-            done = self.eps == eps and bool((gap <= limit).all())
+            if self.eps == eps and bool((gap <= limit).all()):
+                return
         off = float((gap / self.values).max())
         warnings.warn(f"sinkhorn stopped {off:.0e} of the value short; raise eps", stacklevel=2)
 
-    def improve(self, newton):
-        """Sinkhorn's steps, then one of Newton's by conjugate gradients. Sets the values after the
-        former; returns how much the latter adds, to second order, (C,)."""
+    def improve(self):
+        """Sinkhorn's steps, then one of Newton's by conjugate gradients; sets the values. Returns
+        how much Newton's step adds to them, to second order, (C,)."""
         b, K = self.b, self.kernel(self.rows[0]) if len(self.rows) == 1 else None
         u, v, tiny = torch.ones_like(self.f), torch.ones_like(b), torch.finfo(b.dtype).tiny
 
@@ -287,12 +262,11 @@ class _Entropic:
             v = (v / marginal).clamp_(1e-9, 1e9)
             marginal = v * through(v, normalise)  # the target's, over b; the source's are right
         f, g = self.f + self.eps * u.log(), self.g + self.eps * v.log()
-        self.values = f.mean((1, 2)) + (b * g).sum((1, 2))
         step, slope = torch.zeros_like(v), 1 - marginal
         rest = slope - dot(slope, torch.ones_like(v))  # careful: constants change nothing
         direction = rest / marginal
         first = size = dot(rest, direction)
-        for _ in range(50 if newton else 0):
+        for _ in range(50):
             curved = through(v * direction, lambda rows, sums: u[:, rows] * (u[:, rows] * sums))
             curved = marginal * direction - v * curved
             bend = dot(direction, curved)  # careful: rounding may leave none
@@ -305,6 +279,9 @@ class _Entropic:
         reach = 2 * step.abs().amax(2, True) + tiny
         # careful: far from the optimum whole steps of Newton may fail
         self.f, self.g = f, g + self.eps * step * reach.log1p() / reach
+        for rows in self.rows:  # the source's marginals are right again
+            self.f[:, rows] -= self.eps * (self.kernel(rows) @ b.mT).log()
+        self.values = self.f.mean((1, 2)) + (b * self.g).sum((1, 2))
         return self.eps * dot(slope, step).flatten() / 2
 
 
@@ -329,58 +306,60 @@ class OTDD:
     in `otdd`; detach x_s if it is constant. Nothing is carried over from one call to the next."""
 
     def __init__(self, x_s, y_s, *, p=2, label_distance="exact", eps=0.0, debias=False, tol=1e-7):
-        kinds = ("exact", "gaussian", "sinkhorn")
+        self.s = _Set(x_s, y_s, "s")
+        kinds, least = ("exact", "gaussian", "sinkhorn"), 8 * torch.finfo(self.s.x.dtype).eps
         power = p == 2 or (1 <= p < torch.inf and label_distance == "exact" and eps == 0)
-        if not (label_distance in kinds and power and 0 <= eps < torch.inf):
-            want = f"one of {kinds}; p = 2, or p >= 1 if all is exact; eps >= 0, of the mean cost"
+        if not (label_distance in kinds and power and (eps == 0 or least <= eps < torch.inf)):
+            want = f"one of {kinds}; p = 2, or p >= 1 if all is exact; eps = 0 or >= {least:.0e}"
             raise ValueError(f"got {label_distance=}, {p=}, {eps=}; expected {want}")
         self.p, self.label_distance, self.eps, self.tol = p, label_distance, eps, tol
         self.debias = debias and (eps > 0 or label_distance == "sinkhorn")  # exact: nothing to do
-        self.s = _Set(x_s, y_s, "s")
 
     def __call__(self, x_t, y_t, *, plan=False):
-        s, t, unit = _rescaled(self.s, _Set(x_t, y_t, "t", self.s))
-        strengths = {}  # absolute eps: the self terms have those of the cross term
+        s, t = self.s, self._target(x_t, y_t)
         with torch.autocast(t.x.device.type, enabled=False):
-            value, plans = self._between(s, t, strengths)
+            mean = _mean_cost(s, t)
+            W = self._labels(s, t, mean)
+            mean_Z = mean + W[s.y].mean(0)[t.y].mean()
+            value, plans = self._between(s, t, W, mean_Z)
             for v in (s, t) if self.debias else ():
-                value = value - self._between(v, v, strengths)[0] / 2  # (D6)
-        value = _in_units(value, unit, self.p)
+                W = self._labels(v, v, mean)
+                value = value - self._between(v, v, W, mean_Z)[0] / 2  # (D6)
         if not plan:
             return value
         pi = torch.cat([pi.to_dense() for _, pi, _ in plans])
         return value, pi[s.order.argsort()][:, t.order.argsort()]
 
-    def _between(self, s, t, strengths):
-        """The programme over all samples (D2): its value, and its plan."""
-        W, eps, mean = self._labels(s, t, strengths), None, None
-        if self.eps:
-            mean = _mean_cost(s.x, t.x) + W[s.y].mean(0)[t.y].mean()
-            eps = strengths.setdefault("samples", self.eps * mean + torch.finfo(W.dtype).tiny)
-        labels = W.detach()[s.y], t.y  # (D1)
-        value, plans = _transport(s.x, t.x, [len(t.y)], self.p, labels, eps, mean, self.tol)
-        mass = torch.zeros_like(W)  # from class to class
-        for rows, pi, _ in plans:
-            mass.index_add_(0, s.y[rows], pi @ one_hot(t.y).to(W))
-        return value.sum() + (mass * (W - W.detach())).sum(), plans
+    def _target(self, x_t, y_t):
+        t = _Set(x_t, y_t, "t", self.s)
+        squares = sum(v.x.detach().square().sum() for v in (self.s, t))
+        if not (4 * max(len(self.s.y), len(t.y)) * squares ** (self.p / 2)).isfinite():
+            raise ValueError(f"got |x - x'|^{self.p} beyond {t.x.dtype}; scale the features down")
+        return t
 
-    def _labels(self, s, t, strengths):
+    def _labels(self, s, t, mean):
         """W_p^p between the classes, (C_s, C_t)."""
         if self.label_distance == "gaussian":
             (m_s, L_s), (m_t, L_t) = _gaussians(s), _gaussians(t)
             tr_s, tr_t = (L.square().sum((1, 2)) for L in (L_s, L_t))
             cross = torch.stack([torch.linalg.matrix_norm(L @ L_t.mT, "nuc") for L in L_s])
             return (m_s[:, None] - m_t).square().sum(-1) + tr_s[:, None] + tr_t - 2 * cross  # (D4)
-        eps, mean = None, None
-        if self.label_distance == "sinkhorn":
-            mean = _mean_cost(s.x, t.x)
-            eps = (self.eps or 1e-2) * mean + torch.finfo(mean.dtype).tiny
-            eps = strengths.setdefault("labels", eps)
+        eps = (self.eps or 1e-2) * mean if self.label_distance == "sinkhorn" else None
         rows = [
-            _transport(x, t.x, t.sizes, self.p, None, eps, mean, self.tol)[0]
+            _Transport.apply(x, t.x, t.sizes, self.p, None, eps, self.tol)[0]
             for x in s.x.split(s.sizes)
         ]
         return torch.stack(rows)  # (D3), (D5)
+
+    def _between(self, s, t, W, mean):
+        """The programme over all samples (D2): its value, and its plan."""
+        labels = W.detach()[s.y], t.y  # (D1)
+        eps = self.eps * mean if self.eps else None
+        value, plans = _Transport.apply(s.x, t.x, [len(t.y)], self.p, labels, eps, self.tol)
+        mass = torch.zeros_like(W)  # from class to class
+        for rows, pi, _ in plans:
+            mass.index_add_(0, s.y[rows], pi @ one_hot(t.y).to(W))
+        return value.sum() + (mass * (W - W.detach())).sum(), plans
 
 
 def otdd(
@@ -407,8 +386,8 @@ def otdd(
 def label_distances(x_s, y_s, x_t, y_t, *, p=2, label_distance="exact", eps=0.0, tol=1e-7):
     """W_p^p between the classes, (C_s, C_t), rows and columns by ascending label; as in `otdd`."""
     distance = OTDD(x_s, y_s, p=p, label_distance=label_distance, eps=eps, tol=tol)
-    s, t, unit = _rescaled(distance.s, _Set(x_t, y_t, "t", distance.s))
-    return _in_units(distance._labels(s, t, {}), unit, p)
+    t = distance._target(x_t, y_t)
+    return distance._labels(distance.s, t, _mean_cost(distance.s, t))
 
 
 def wasserstein(x_s: Tensor, x_t: Tensor, *, p=2, eps=0.0, tol=1e-7) -> Tensor:
