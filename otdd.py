@@ -243,16 +243,16 @@ class _Entropic:
         b, K = self.b, self.kernel(self.rows[0]) if len(self.rows) == 1 else None
         u, v, tiny = torch.ones_like(self.f), torch.ones_like(b), torch.finfo(b.dtype).tiny
 
-        def through(v, function):
-            total = torch.zeros_like(v)
+        def through(w, newton=False):
+            """K^T (u u K b w) / n, in which a step of Sinkhorn sets u = 1 / (K b w)."""
+            total = torch.zeros_like(w)
             for rows in self.rows:
                 k = self.kernel(rows) if K is None else K
-                total += function(rows, k @ (b * v).mT).mT @ k / len(self.x)
+                sums = k @ (b * w).mT
+                if not newton:
+                    u[:, rows] = 1 / sums
+                total += (u[:, rows] * (u[:, rows] * sums)).mT @ k / len(self.x)
             return total
-
-        def normalise(rows, sums):
-            u[:, rows] = 1 / sums
-            return u[:, rows]
 
         def dot(x, y):
             return (b * x * y).sum(2, keepdim=True)
@@ -260,15 +260,14 @@ class _Entropic:
         marginal = torch.ones_like(v)
         for _ in range(10):
             v = (v / marginal).clamp_(1e-9, 1e9)
-            marginal = v * through(v, normalise)  # the target's, over b; the source's are right
+            marginal = v * through(v)  # the target's, over b; the source's are right
         f, g = self.f + self.eps * u.log(), self.g + self.eps * v.log()
         step, slope = torch.zeros_like(v), 1 - marginal
         rest = slope - dot(slope, torch.ones_like(v))  # careful: constants change nothing
         direction = rest / marginal
         first = size = dot(rest, direction)
         for _ in range(50):
-            curved = through(v * direction, lambda rows, sums: u[:, rows] * (u[:, rows] * sums))
-            curved = marginal * direction - v * curved
+            curved = marginal * direction - v * through(v * direction, newton=True)
             bend = dot(direction, curved)  # careful: rounding may leave none
             length = torch.where(bend > torch.finfo(b.dtype).eps * size, size / bend, 0)
             step, rest = step + length * direction, rest - length * curved
@@ -276,9 +275,8 @@ class _Entropic:
             if bool((size <= 0.01 * first).all()):
                 break
             direction = rest / marginal + size / last.clamp_min(tiny) * direction
-        reach = 2 * step.abs().amax(2, True) + tiny
         # careful: far from the optimum whole steps of Newton may fail
-        self.f, self.g = f, g + self.eps * step * reach.log1p() / reach
+        self.f, self.g = f, g + self.eps * step.asinh()
         for rows in self.rows:  # the source's marginals are right again
             self.f[:, rows] -= self.eps * (self.kernel(rows) @ b.mT).log()
         self.values = self.f.mean((1, 2)) + (b * self.g).sum((1, 2))
