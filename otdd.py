@@ -258,7 +258,7 @@ class _Entropic:
             return (b * x * y).sum(2, keepdim=True)
 
         marginal = torch.ones_like(v)
-        for _ in range(10):
+        for _ in range(3):
             v = (v / marginal).clamp_(1e-9, 1e9)
             marginal = v * through(v)  # the target's, over b; the source's are right
         f, g = self.f + self.eps * u.log(), self.g + self.eps * v.log()
