@@ -438,6 +438,7 @@ def test_what_is_there_is_not_replaced(server, tmp_path):
         (packed("zip")[:-30], "not a whole archive"),
         (packed("zip").replace(b"top/", b"pot/"), "it holds no set/top"),
     ],
+    ids=["empty", "tar", "tar.gz", "zip", "another folder"],
 )
 def test_damaged_and_other_archives(content, message, server, tmp_path):
     (tmp_path / "set").mkdir()
