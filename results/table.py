@@ -34,7 +34,7 @@ SIMPLE |= {"copy of the input": "trivial", "1-NN": "1-NN"}
 SIMPLE |= {"logistic regression": "linear", "ridge regression": "linear"}
 LABELS = (2, 5, 10, 50)  # a class
 RATES = ("1e-3", "4e-3")  # beside the default
-FEWEST = 3  # runs from which a sentence says something
+FEWEST = 6  # pairs of runs from which a sentence says something
 LEAST = 1e-4  # an error below it counts as this, since the logarithm of 0 is none
 FIGURE = RESULTS / "all_tasks.png"
 Rows = dict[str, dict]  # by command
@@ -583,10 +583,10 @@ INTRO = (
 BOOTSTRAP = (
     "Change of the error, a geometric mean of ratios paired by task and seed. In brackets: a 95 % "
     "bootstrap interval over these pairs, which speaks of these tasks and not of others, and in "
-    "how many pairs the error is lower. Below three pairs nothing is said."
+    "how many pairs the error is lower. Below six pairs nothing is said."
 )
 TOO_FEW = (
-    "There are too few rows with the present default settings for an answer: each needs three "
+    "There are too few rows with the present default settings for an answer: each needs six "
     "pairs of runs with the same task and seed. `python results/all_tasks.py` adds them."
 )
 LARGE = (
