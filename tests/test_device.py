@@ -148,6 +148,8 @@ def test_a_run_agrees_with_the_cpu(line, device, series, tmp_path):
 @pytest.mark.parametrize("task", ["satellite", "darcy"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_half_precision_stays_close(script, task, precision, device, tmp_path):
+    if device == "chip" and (task, precision) != ("satellite", "bf16"):
+        pytest.skip("the CPU behind the stand-in is slow in half precision")
     more = {"orca": "--align none", "proposed": "--contrast none"}.get(script, "")
     line = f"{script} --task {task} {more}"
     there = measured(*settings(line, "", device, tmp_path, f"--precision {precision}"))
@@ -503,7 +505,7 @@ def test_gpu_sh_is_a_script_of_commands_that_exist():
     subprocess.run(["bash", "-n", str(ROOT / "results/gpu.sh")], check=True)
     scripts = [word for word in text.split() if word.endswith(".py") and "*" not in word]
     for script in scripts:
-        name = script.replace("$script", "orca")
+        name = script.strip('"').replace("$script", "orca")
         assert (ROOT / name).exists(), name
     asked = subprocess.run(
         ["bash", str(ROOT / "results/gpu.sh"), "--nonsense"], capture_output=True, text=True
