@@ -241,7 +241,7 @@ def test_P6_parts_of_a_batch_with_unknown_targets_add_up(plain, labels):
     weigh = partial(metrics.terms, metrics.mse)
     x, y = torch.randn(6, 7, 5), torch.randn(6, 3)
     y[0], y[1, 1:] = float("nan"), float("nan")
-    cfg = pare.Config(k0=4, source_labels=labels, plain_target_loss=plain)
+    cfg = pare.Config(k0=4, lam="k/N", source_labels=labels, plain_target_loss=plain)
     rows, slopes = mixer.draw(len(x)), []
     for pieces in (1, 2, 3, 6):
         left = rows
@@ -289,7 +289,7 @@ def test_the_same_seed_gives_the_same_result(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp16"])
 def test_half_precision_stays_close(run, tmp_path, precision):
     cfg, result, out = run
     half = {**vars(cfg), "out": str(tmp_path), "precision": precision}
