@@ -354,7 +354,7 @@ def schedule_of(optimizer: torch.optim.Optimizer, cfg, epoch_steps: int):
     rise = max(1, round(cfg.warmup * steps))
 
     def factor(step: int) -> float:
-        return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+        return min((step + 1) / rise, max(0, steps - step) / max(1, steps - rise))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

@@ -262,6 +262,11 @@ def test_rate_rises_then_falls_to_0():
         schedule.step()
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[100] == 0.0
     assert max(rates) == 1.0 and rates[55] == pytest.approx(0.5)
+    shorter = orca.Config(epochs=10, schedule_epochs=5)
+    schedule = plumbing.schedule_of(optimizer, shorter, epoch_steps=10)
+    assert (
+        schedule.lr_lambdas[0](49) > 0 == schedule.lr_lambdas[0](50) == schedule.lr_lambdas[0](99)
+    )
 
 
 def test_a_batch_can_be_learnt_by_heart(body, series, tmp_path):
