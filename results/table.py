@@ -281,7 +281,8 @@ def costs(found: Rows) -> str:
             ours, base = (runs_of(found, METHODS[m], task) for m in (method, "NFT"))
             runs += ours.values()
             for seed in set(ours) & set(base):
-                if ours[seed]["device"] == base[seed]["device"]:
+                same = ours[seed]["device"] == base[seed]["device"]
+                if same and ours[seed]["time_s"] and base[seed]["time_s"]:
                     ratios.append(float(ours[seed]["time_s"]) / float(base[seed]["time_s"]))
                     when = time_to(ours[seed], float(base[seed]["curve"].split()[-1]))
                     reached.append(when / float(base[seed]["time_s"]))
@@ -601,7 +602,8 @@ RANKS = (
 COSTS = (
     "A run is timed from its start to the test error, beside NFT's run of the same task and seed "
     "on the same hardware. A spike is an epoch whose training loss exceeds 1.2 times its running "
-    "minimum. Converged: the validation error fell by less than 2 % in the last tenth of the run."
+    "minimum. Converged: the validation error fell by less than 2 % in the last tenth of the run. "
+    "Runs that shared their core with other work have no time."
 )
 FEW = (
     "So many training samples a class on average (at least one of each class); validation and test "
