@@ -88,7 +88,7 @@ class Config(Settings):
     contrast_epochs: int = opt(5, "epochs of stage 2", low=1)
     contrast_steps_per_epoch: int = opt(20, "steps in each of these epochs", low=1)
     contrast_lr: float = opt(3e-4, "learning rate of stage 2", low=0)
-    tau: float = opt(0.2, "temperature of the cosines, but in literal", low=0.05)
+    tau: float = opt(0.2, "temperature of the cosines; literal has none", low=0.05)
     lambda_eps: float = opt(1.0, "epsilon of lambda, which is at most (1 + eps) / eps", low=1e-6)
     preserve: str = opt("", "form of P_l; default: margin with labels, jacobian without", PRESERVE)
     # stage 3, fine-tuning, and prediction (slide 37)

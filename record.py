@@ -394,7 +394,8 @@ def read_state(path: Path, wanted: dict) -> dict:
         ) from None
     for key, value in wanted.items():
         if key == "epochs" and value > found.get(key, value):
-            print(f"note: {found[key]} epochs become {value}; the schedules are those of {value}")
+            if rank() == 0:
+                print(f"note: {value} epochs instead of {found[key]}; the schedules now end there")
         elif found.get(key) != value:
             name = key if key in ("method", "processes") else "--" + key.replace("_", "-")
             raise ValueError(

@@ -227,12 +227,12 @@ def test_resume_without_a_run_starts_one(series, tmp_path):
 
 def test_a_finished_run_goes_on_with_more_epochs(series, tmp_path, capsys):
     """From its last epoch, at the rates of the longer schedule; its best epoch stays the best."""
-    given = {"align": "none", "save_every": 1}
+    given = {"align": "none"}
     first = main("orca", config("orca", series, tmp_path / "run", epochs=2, **given))
     rows = outcome(tmp_path / "run")[1]
     longer = config("orca", series, tmp_path / "run", epochs=4, **given)
     result = main("orca", replace(longer, resume=True))
-    assert "note: 2 epochs become 4; the schedules are those of 4" in capsys.readouterr().out
+    assert "note: 4 epochs instead of 2; the schedules now end there" in capsys.readouterr().out
     whole = main("orca", config("orca", series, tmp_path / "whole", epochs=4, **given))
     assert result["epochs"] == whole["epochs"] == 4 and first["epochs"] == 2
     after, other = outcome(tmp_path / "run")[1], outcome(tmp_path / "whole")[1]
