@@ -39,6 +39,8 @@ CLASSES = {
 }
 SPLITS = {"train": (0.0, 0.9), "val": (0.9, 1.0)}  # shares of every class's text
 _SKIP = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_HOLDERS = (ast.stmt, ast.excepthandler, ast.match_case)  # of statements, and so of functions
 
 
 @functools.cache
@@ -77,8 +79,11 @@ def _docstrings(file: Path) -> list[str]:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):  # a template or a test file that is not Python
         return []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docs = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    nodes, docs = [tree], []
+    for node in nodes:  # level by level, as ast.walk, but past expressions, which hold none
+        nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, _HOLDERS)]
+        if isinstance(node, _DOCUMENTED):
+            docs.append(ast.get_docstring(node))
     return [doc for doc in docs if doc]
 
 
