@@ -403,6 +403,25 @@ def recipe() -> str:
     return markdown(["batch", "lr", "body lr", *names], lines) if lines else ""
 
 
+def peers(found: Rows) -> str:
+    """Other networks in NFT's time beside NFT, ORCA and PaRe, each at its better rate."""
+    made: dict[tuple[str, str, str], list[dict]] = {}
+    for row in rows("peers.csv"):
+        rate = row["command"].split("--rates ")[1]
+        made.setdefault((row["task"], row["method"], rate), []).append(row)
+    shown, lines = ("NFT", "ORCA", "PaRe"), []
+    names = list(dict.fromkeys(name for _, name, _ in made))
+    for task in dict.fromkeys(task for task, _, _ in made):
+        errors = [list(map(error, runs_of(found, METHODS[m], task).values())) for m in shown]
+        for name in names:
+            tried = [runs for (t, n, _), runs in made.items() if (t, n) == (task, name)]
+            chosen = min(tried, key=lambda runs: val_error(dict(enumerate(runs))), default=[])
+            errors.append(list(map(error, chosen)))
+        means = [statistics.mean(values) if values else math.nan for values in errors]
+        lines.append([task, *bold_least([spread(values) for values in errors], means)])
+    return markdown(["task", *shown, *names], lines) if lines else ""
+
+
 def plain(name: str, columns: dict[str, str]) -> str:
     """Some columns of a CSV file as they are: {column: head}."""
     lines = [[row[column] or "-" for column in columns] for row in rows(name)]
@@ -522,6 +541,7 @@ def page() -> str:
             "--seeds 0 1 2 3",
             "Of 1e-3, 2e-3 (the default) and 4e-3, the rate with the least mean validation error.",
         ),
+        "Beside other networks": (peers(found), "peers.py", PEERS_TEXT),
         "Learning rates and batch size": (recipe(), "", RECIPE),
         "Tests on a GPU": (plain("gpu_tests.csv", TESTS), "gpu.sh --part 1", ""),
         "Steps at the papers' sizes": (
@@ -616,6 +636,11 @@ FEW = (
 REAL_TEXT = (
     "Files that are not part of this project: `crop` (satellite series, UCR archive), `semg` "
     "(muscle signals, MyoArmbandDataset), `darcy16` (Darcy flow, neuraloperator)."
+)
+PEERS_TEXT = (
+    "Test errors of networks that are not pretrained, trained as long as NFT on the same data: a "
+    "plain convolutional network, Perceiver IO, the Fourier neural operator (FNO), a U-Net. Each "
+    "has the better of the learning rates 1e-3 and 3e-3 by validation error."
 )
 GATE = {"task": "task", "seed": "seed", "flags": "flags", "auc_start": "AUC at the start"}
 GATE |= {"auc_best": "best epoch", "auc_end": "last epoch", "val_error": "validation error"}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import tasks
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT / "results"))
 import all_tasks  # noqa: E402 (results/ has to be on the path first)
 import collect  # noqa: E402
 import faults  # noqa: E402
+import peers  # noqa: E402
 import table  # noqa: E402
 
 
@@ -348,3 +350,44 @@ def test_csv_files_are_regular():
         with path.open(newline="", encoding="utf-8") as file:
             head, *rows = csv.reader(file)
         assert rows and all(len(row) == len(head) for row in rows), path.name
+
+
+# ---- other networks ----
+
+
+@pytest.mark.parametrize("name, x_shape, out_shape", [
+    ("convolutions", (3, 20), (5,)), ("convolutions", (2, 9, 12), (5,)),
+    ("Perceiver IO", (3, 20), (5,)), ("Perceiver IO", (2, 6, 4), (5,)),
+    ("U-Net", (3, 21), (2, 21)), ("U-Net", (2, 10, 13), (1, 20, 26)),
+    ("FNO", (3, 20), (2, 10)), ("FNO", (2, 10, 12), (1, 10, 12)),
+])  # fmt: skip
+def test_another_network_predicts_what_is_asked_for_and_learns(name, x_shape, out_shape):
+    if name == "FNO":
+        pytest.importorskip("neuralop")
+    torch.manual_seed(0)
+    model = peers.PEERS[name](x_shape, out_shape)
+    x, y = torch.randn(4, *x_shape), torch.randn(4, *out_shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(15):
+        out = model(x)
+        assert out.shape == y.shape
+        losses.append(F.mse_loss(out, y))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_another_network_has_a_row_for_each_rate(tmp_path, monkeypatch):
+    """tasks.load_task is the scripts'; here it makes few samples."""
+    load = peers.tasks.load_task
+    small = lambda name, seed: load(name, seed=seed, train_size=40)  # noqa: E731
+    monkeypatch.setattr(peers.tasks, "load_task", small)
+    line = ["--tasks", "satellite", "--seconds", "0.2", "--csv", str(tmp_path / "rows.csv")]
+    peers.main(line)
+    peers.main(line)  # nothing is left to do
+    found = collect.read(tmp_path / "rows.csv")
+    assert [row["method"] for row in found] == ["convolutions"] * 2 + ["Perceiver IO"] * 2
+    assert {row["command"].split()[-1] for row in found} == {"0.001", "0.003"}
+    assert all(0 < float(row["test_error"]) <= 1 and int(row["steps"]) > 0 for row in found)
