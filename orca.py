@@ -37,8 +37,6 @@ Differences from the published code:
     of hidden units, without a parameter, and 2D fields see three channels of the last stage.
 """
 
-import copy
-import json
 import math
 import sys
 import time
@@ -90,7 +88,7 @@ def configure(**given) -> Config:
     return run.configure(Config, papers.ORCA, given)
 
 
-# ---- 2. Data: run.load_task() and run.load_source(), which ask tasks/ ----------------------------
+# ---- 2. Data: run.load_parts() and run.load_source(), which ask tasks/ ---------------------------
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
 
 
@@ -103,22 +101,14 @@ class SeriesEmbedder(nn.Module):
 
     def __init__(self, net: nn.Module, x_shape: tuple, patches: int, init: str = "body"):
         super().__init__()
-        (C, L), first = x_shape, bodies.first_position(net)
-        table = net.embeddings.position_embeddings.weight.detach()[first:]
+        C, L = x_shape
         self.patch = bodies.patch_length(L, patches)
-        N, D = math.ceil(L / self.patch), table.shape[1]
-        if N > len(table):
-            raise ValueError(f"--patches: {N} patches exceed the body's {len(table)} positions")
-        self.grid = (N,)
+        self.grid = (math.ceil(L / self.patch),)
         self.register_buffer("mean", torch.zeros(C, 1))
         self.register_buffer("std", torch.ones(C, 1))
-        self.conv = nn.Conv1d(C, D, kernel_size=self.patch, stride=self.patch)
+        self.conv = nn.Conv1d(C, net.config.hidden_size, self.patch, stride=self.patch)
         nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
-        self.norm = copy.deepcopy(net.embeddings.LayerNorm)
-        self.position = nn.Parameter(table[:N].clone())
-        if init == "random":
-            self.norm.reset_parameters()
-            nn.init.normal_(self.position, std=0.02)
+        self.norm, self.position = bodies.norm_and_positions(net, self.grid, init)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
@@ -142,26 +132,16 @@ class ImageEmbedder(nn.Module):
         self.register_buffer("std", torch.ones(C, 1, 1))
         self.conv = nn.Conv2d(C, own.proj.out_channels, own.patch_size, own.patch_size)
         nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
-        self.norm, self.position = copy.deepcopy(own.norm), None
-        if hasattr(net, "pos_embed"):  # the class token has the first of them
-            self.position = nn.Parameter(net.pos_embed.detach()[0, -math.prod(self.grid) :].clone())
         if init == "body":
-            weight = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
-            self.conv.weight.data = weight.contiguous()
-            nn.init.zeros_(self.conv.bias)
-            if own.proj.bias is not None:
-                self.conv.bias.data = own.proj.bias.detach().clone()
-        else:
-            if isinstance(self.norm, nn.LayerNorm):
-                self.norm.reset_parameters()
-            if self.position is not None:
-                nn.init.normal_(self.position, std=0.02)
+            bodies.copy_channels(own.proj, self.conv)
+        self.norm, self.position = bodies.norm_and_positions(net, self.grid, init)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
         x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         z = self.conv(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
-        return self.norm(z) if self.position is None else self.norm(z) + self.position
+        z = self.norm(z)
+        return z if self.position is None else z + self.position
 
 
 def source_embedder(net: nn.Module) -> nn.Module:
@@ -189,27 +169,23 @@ class Predictor(nn.Module):
 
     def __init__(self, maps: list, out_shape: tuple):
         super().__init__()
-        self.out_shape = tuple(out_shape)
+        self.out_shape, (C, *size) = tuple(out_shape), out_shape
         self.register_buffer("mean", torch.zeros(self.out_shape))
         self.register_buffer("std", torch.ones(self.out_shape))
-        if len(out_shape) == 1:
-            self.linear = nn.Linear(maps[-1][1], out_shape[0])
-        elif len(out_shape) == 2:
-            self.narrow = nn.ModuleList(normed_linear(D, NARROW) for _, D in maps)
-            self.linear = zeros(nn.Linear(maps[0][0][0] * NARROW, math.prod(out_shape)))
+        (fine, _), (grid, D) = maps[0], maps[-1]  # patches along each axis, and their width
+        if not size:
+            self.linear = nn.Linear(D, C)
+        elif len(size) == 1:
+            self.narrow = nn.ModuleList(bodies.normed_linear(D, NARROW) for _, D in maps)
+            self.linear = bodies.zeros(nn.Linear(math.prod(grid) * NARROW, C * size[0]))
         else:
-            fine = maps[0][0]  # patches along each axis in the finest stage
-            points = max(math.ceil(p / n) for p, n in zip(out_shape[1:], fine, strict=True))
-            self.sides = [points * fine[0] // grid[0] for grid, _ in maps]
-            sizes = [out_shape[0] * side**2 for side in self.sides]
-            widths = [D for _, D in maps]
-            self.tiles = nn.ModuleList(map(normed_linear, widths, sizes))
-            for tile in self.tiles:
-                zeros(tile[1])
-            grid, D = maps[-1]
-            self.narrow = nn.ModuleList([normed_linear(D, NARROW)])
-            coarse = out_shape[0] * math.prod(fine)  # a point for each patch of the finest stage
-            self.linear = zeros(nn.Linear(math.prod(grid) * NARROW, coarse))
+            self.sides = bodies.tile_sides(maps, size)  # p of each stage
+            tiles = zip(maps, self.sides, strict=True)
+            tiles = (bodies.normed_linear(D, C * p * p) for (_, D), p in tiles)
+            self.tiles = bodies.zeros(nn.ModuleList(tiles))
+            self.narrow = nn.ModuleList([bodies.normed_linear(D, NARROW)])
+            coarse = C * math.prod(fine)  # a point for each patch of the finest stage
+            self.linear = bodies.zeros(nn.Linear(math.prod(grid) * NARROW, coarse))
 
     def forward(self, features: list[Tensor]) -> Tensor:
         if len(self.out_shape) == 1:
@@ -228,23 +204,10 @@ class Predictor(nn.Module):
         return self.mean + self.std * out
 
     def whole(self, z: Tensor) -> Tensor:
-        """Points that depend on all patches, (B, ..., d) -> (B, points), learnt in small steps.
-
-        AdamW moves each weight by the learning rate, so that a sum over a thousand of them would
-        move too far: hence the factor.
-        """
+        """Points that depend on all patches, (B, ..., d) -> (B, points), learnt in small steps."""
+        # AdamW moves each weight by the learning rate; without the factor, a sum of a thousand
+        # terms would move too far.
         return 0.1 * self.linear(z.flatten(1))
-
-
-def normed_linear(D: int, d: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, d))
-
-
-def zeros(linear: nn.Linear) -> nn.Linear:
-    """The layer with all weights 0: training then starts from the mean of y."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
 
 
 class Model(nn.Module):
@@ -436,15 +399,9 @@ def evaluate(model: nn.Module, split: str, task: tasks.Task, cfg: Config) -> flo
 # ---- 9. Main -------------------------------------------------------------------------------------
 
 
-def load(directory: str | Path) -> Model:
-    """The model of a finished run, in evaluation mode: a batch of x to predictions.
-
-    Raises: FileNotFoundError if the directory holds no run.
-    """
-    saved = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["model"]
-    model = Model(bodies.rebuild(saved.pop("body")), **saved)
-    run.load_weights(model, Path(directory) / "model.safetensors")
-    return model.eval()
+def load(folder: str | Path) -> Model:
+    """The model of a finished run, in evaluation mode: a batch of x to predictions."""
+    return run.load_model(folder, Model)
 
 
 def main(cfg: Config) -> dict:
@@ -455,12 +412,11 @@ def main(cfg: Config) -> dict:
     cfg, task, net, tokenize, model, shape = build(cfg)  # stage 1 (O1)
     device, aligned = next(model.parameters()).device, cfg.align != "none"
     source = run.load_source(cfg, tokenize, WINDOW, bodies.image_size(net)) if aligned else None
-    out = run.open_run(cfg, METHOD)
-    record = Record(out, cfg, METHOD, start)
+    record = Record(run.open_run(cfg, METHOD), cfg, METHOD, start)
     if record.result:
         return record.result
     used = cfg.source if aligned else "none"
-    run.describe(cfg, METHOD, task, model, out, shape, used)
+    run.describe(cfg, METHOD, task, model, record.out, shape, used)
 
     if aligned:  # stage 2 (O2)
         z_s = source_features(source_embedder(net).to(device), source, device)
@@ -474,21 +430,14 @@ def main(cfg: Config) -> dict:
 
 def build(cfg: Config) -> tuple:
     """Stage 1 (O1): settings without gaps, task, body, its tokenizer, model, its description."""
-    device = run.start(cfg)
-    task = run.load_task(cfg)
-    axes = len(task.x_shape)
-    cfg = run.resolve(cfg, task, bodies.TINY[axes], bodies.PATCHES[axes])
+    cfg, task, net, tokenize = run.load_parts(cfg)
     cfg = replace(cfg, align_samples=cfg.align_samples or 384)
-    drop_path = 0.1 if cfg.paper else 0.0  # of images, as published
-    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches, drop_path)
     shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
     model = Model(net, **shape, init=cfg.embedder_init)
     f_t, h_t = model.f_t, model.h_t
     f_t.mean, f_t.std, h_t.mean, h_t.std = tasks.statistics(task)
-    model.g.recompute = cfg.recompute
-    if cfg.compile:
-        model.g.compile()
-    return cfg, task, net, tokenize, model.to(device), {**shape, "body": bodies.describe(net)}
+    shape |= {"body": bodies.describe(net)}
+    return cfg, task, net, tokenize, run.on_device(model, cfg), shape
 
 
 def parse_args(argv: list[str] | None = None) -> Config:

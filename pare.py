@@ -25,11 +25,10 @@ Generation, ICML 2024 (arXiv 2406.09003).
     python pare.py --task satellite --f-t RUN           f^t aligned beforehand, by orca.py in RUN
     python pare.py --task mine.npz --device cuda        arrays x_train, y_train, x_test, y_test
     python pare.py --task satellite --paper             real data, roberta-base, published settings
-Baselines are settings of orca.py.
 
 You should see k and lambda fall to 0 while the error falls. The last line is the result; everything
 is written to runs/pare-TASK-SEED. Only training needs the gate, f^s and h^s: the saved model is
-m^t.
+m^t. The baselines are settings of orca.py.
 
 Differences from the published code:
  1. The k lowest-scored target patches are replaced, as the paper says; after its first epochs the
@@ -44,8 +43,6 @@ Differences from the published code:
  7. The released 1D script crashes; here series and images, classes and fields take one path.
 """
 
-import copy
-import json
 import math
 import sys
 import time
@@ -65,6 +62,7 @@ from tasks import papers
 # B batch, C channels, L length or H x W, N patches, D width of the body, K classes
 METHOD = "pare"
 GATES = ("shared", "separate", "random", "none")
+SWITCH = ("on", "off")
 WINDOW = 64  # tokens of a source sample
 NARROW = 32  # numbers of a patch from which, all patches together, h^t makes points
 
@@ -84,19 +82,15 @@ class Config(Settings):
     replace: str = opt("lowest", "scores of the patches that are replaced", ("lowest", "highest"))
     lam: str = opt("k/k0", "weight lambda of the source's loss in L_mix", ("k/k0", "k/N"))
     mix_weight: float = opt(0.3, "weight w of L_mix beside the plain target loss", low=0)
-    plain_target_loss: str = opt(
-        "on", "plain target loss beside L_mix; off: L_mix alone, as on slide 27", ("on", "off")
-    )
-    source_labels: str = opt("on", "loss of the source labels in L_mix", ("on", "off"))
+    plain_target_loss: str = opt("on", "plain target loss; off: L_mix alone (slide 27)", SWITCH)
+    source_labels: str = opt("on", "loss of the source labels in L_mix", SWITCH)
     f_t: str = opt("", "folder of a run of orca.py, from whose aligned f^t to start (slide 38)")
 
     def __post_init__(self):
         super().__post_init__()
         if self.plain_target_loss == self.source_labels == "off" and self.lam == "k/k0":
-            raise ValueError(
-                "--plain-target-loss off with --source-labels off leaves no loss in the first "
-                "epoch, where lambda = k/k0 is 1; give --lam k/N"
-            )
+            what = "--plain-target-loss off with --source-labels off leaves no loss"
+            raise ValueError(f"{what} in the first epoch, where k/k0 is 1; give --lam k/N")
 
 
 def configure(**given) -> Config:
@@ -104,7 +98,7 @@ def configure(**given) -> Config:
     return run.configure(Config, papers.PARE, given)
 
 
-# ---- 2. Data: run.load_task() and run.load_source(), which ask tasks/ ----------------------------
+# ---- 2. Data: run.load_parts() and run.load_source(), which ask tasks/ ---------------------------
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
 
 
@@ -118,22 +112,14 @@ class SeriesEmbedder(nn.Module):
 
     def __init__(self, net: nn.Module, x_shape: tuple, patches: int, init: str = "body"):
         super().__init__()
-        (C, L), first = x_shape, bodies.first_position(net)
-        table = net.embeddings.position_embeddings.weight.detach()[first:]
+        C, L = x_shape
         self.patch = bodies.patch_length(L, patches)
-        N, D = math.ceil(L / self.patch), table.shape[1]
-        if N > len(table):
-            raise ValueError(f"--patches: {N} patches exceed the body's {len(table)} positions")
-        self.grid = (N,)
+        self.grid = (math.ceil(L / self.patch),)
         self.register_buffer("mean", torch.zeros(C, 1))
         self.register_buffer("std", torch.ones(C, 1))
-        self.conv = nn.Conv1d(C, D, kernel_size=self.patch, stride=self.patch)
+        self.conv = nn.Conv1d(C, net.config.hidden_size, self.patch, stride=self.patch)
         nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
-        self.norm = copy.deepcopy(net.embeddings.LayerNorm)
-        self.position = nn.Parameter(table[:N].clone())
-        if init == "random":
-            self.norm.reset_parameters()
-            nn.init.normal_(self.position, std=0.02)
+        self.norm, self.position = bodies.norm_and_positions(net, self.grid, init)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
@@ -158,26 +144,16 @@ class ImageEmbedder(nn.Module):
         self.register_buffer("std", torch.ones(C, 1, 1))
         self.conv = nn.Conv2d(C, own.proj.out_channels, own.patch_size, own.patch_size)
         nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
-        self.norm, self.position = copy.deepcopy(own.norm), None
-        if hasattr(net, "pos_embed"):  # the class token has the first of them
-            self.position = nn.Parameter(net.pos_embed.detach()[0, -math.prod(self.grid) :].clone())
         if init == "body":
-            weight = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
-            self.conv.weight.data = weight.contiguous()
-            nn.init.zeros_(self.conv.bias)
-            if own.proj.bias is not None:
-                self.conv.bias.data = own.proj.bias.detach().clone()
-        else:
-            if isinstance(self.norm, nn.LayerNorm):
-                self.norm.reset_parameters()
-            if self.position is not None:
-                nn.init.normal_(self.position, std=0.02)
+            bodies.copy_channels(own.proj, self.conv)
+        self.norm, self.position = bodies.norm_and_positions(net, self.grid, init)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
         x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         z = self.conv(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
-        return self.norm(z) if self.position is None else self.norm(z) + self.position
+        z = self.norm(z)
+        return z if self.position is None else z + self.position
 
 
 # Copied from orca.source_embedder
@@ -207,27 +183,23 @@ class Predictor(nn.Module):
 
     def __init__(self, maps: list, out_shape: tuple):
         super().__init__()
-        self.out_shape = tuple(out_shape)
+        self.out_shape, (C, *size) = tuple(out_shape), out_shape
         self.register_buffer("mean", torch.zeros(self.out_shape))
         self.register_buffer("std", torch.ones(self.out_shape))
-        if len(out_shape) == 1:
-            self.linear = nn.Linear(maps[-1][1], out_shape[0])
-        elif len(out_shape) == 2:
-            self.narrow = nn.ModuleList(normed_linear(D, NARROW) for _, D in maps)
-            self.linear = zeros(nn.Linear(maps[0][0][0] * NARROW, math.prod(out_shape)))
+        (fine, _), (grid, D) = maps[0], maps[-1]  # patches along each axis, and their width
+        if not size:
+            self.linear = nn.Linear(D, C)
+        elif len(size) == 1:
+            self.narrow = nn.ModuleList(bodies.normed_linear(D, NARROW) for _, D in maps)
+            self.linear = bodies.zeros(nn.Linear(math.prod(grid) * NARROW, C * size[0]))
         else:
-            fine = maps[0][0]  # patches along each axis in the finest stage
-            points = max(math.ceil(p / n) for p, n in zip(out_shape[1:], fine, strict=True))
-            self.sides = [points * fine[0] // grid[0] for grid, _ in maps]
-            sizes = [out_shape[0] * side**2 for side in self.sides]
-            widths = [D for _, D in maps]
-            self.tiles = nn.ModuleList(map(normed_linear, widths, sizes))
-            for tile in self.tiles:
-                zeros(tile[1])
-            grid, D = maps[-1]
-            self.narrow = nn.ModuleList([normed_linear(D, NARROW)])
-            coarse = out_shape[0] * math.prod(fine)  # a point for each patch of the finest stage
-            self.linear = zeros(nn.Linear(math.prod(grid) * NARROW, coarse))
+            self.sides = bodies.tile_sides(maps, size)  # p of each stage
+            tiles = zip(maps, self.sides, strict=True)
+            tiles = (bodies.normed_linear(D, C * p * p) for (_, D), p in tiles)
+            self.tiles = bodies.zeros(nn.ModuleList(tiles))
+            self.narrow = nn.ModuleList([bodies.normed_linear(D, NARROW)])
+            coarse = C * math.prod(fine)  # a point for each patch of the finest stage
+            self.linear = bodies.zeros(nn.Linear(math.prod(grid) * NARROW, coarse))
 
     def forward(self, features: list[Tensor]) -> Tensor:
         if len(self.out_shape) == 1:
@@ -246,25 +218,10 @@ class Predictor(nn.Module):
         return self.mean + self.std * out
 
     def whole(self, z: Tensor) -> Tensor:
-        """Points that depend on all patches, (B, ..., d) -> (B, points), learnt in small steps.
-
-        AdamW moves each weight by the learning rate, so that a sum over a thousand of them would
-        move too far: hence the factor.
-        """
+        """Points that depend on all patches, (B, ..., d) -> (B, points), learnt in small steps."""
+        # AdamW moves each weight by the learning rate; without the factor, a sum of a thousand
+        # terms would move too far.
         return 0.1 * self.linear(z.flatten(1))
-
-
-# Copied from orca.normed_linear
-def normed_linear(D: int, d: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, d))
-
-
-# Copied from orca.zeros
-def zeros(linear: nn.Linear) -> nn.Linear:
-    """The layer with all weights 0: training then starts from the mean of y."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
 
 
 # Copied from orca.Model
@@ -312,21 +269,17 @@ class Gate(nn.Module):
 def patches_to_replace(k0: int, epoch: int, epochs: int, k_end: int = 0) -> int:
     """k of an epoch (P2): k0 in the first, falling linearly, k_end in the last.
 
-    Args:
-        epoch, epochs: epochs are numbered 0..epochs - 1, so slide 26's total E is epochs - 1. Or
-            steps, likewise.
-    Source: slide 26, whose denominator is cut off; read as the number of the last epoch.
+    Epochs (or steps, likewise) are numbered 0..epochs - 1, so E = epochs - 1. On slide 26, the
+    denominator is cut off; read as E, the number of the last epoch.
     """
     return round(k_end + (k0 - k_end) * (1 - epoch / max(1, epochs - 1)))  # (P2)
 
 
 def first_k(cfg: Config, N: int) -> int:
     """k0 for N patches: what is asked for, or 70 % of them (as the paper's 32 of 46)."""
-    if cfg.k0 > N:
-        raise ValueError(
-            f"--k0 {cfg.k0} exceeds the {N} patches of task '{cfg.task}'; choose 0..{N}"
-        )
     k0 = cfg.k0 if cfg.k0 >= 0 else round(0.7 * N)
+    if k0 > N:
+        raise ValueError(f"--k0 {k0} exceeds the {N} patches of task '{cfg.task}'; choose 0..{N}")
     if cfg.k_end > k0:
         raise ValueError(f"--k-end {cfg.k_end} exceeds k0 = {k0}; choose 0..{k0}")
     return k0
@@ -355,13 +308,11 @@ def replace_patches(
     Args:
         z_t, z_s: patch embeddings, (B, N, D) and (B, N_s, D).
         s_t, s_s: their scores, (B, N) and (B, N_s).
-        k: how many, 0 <= k <= min(N, N_s).
+        k: how many; there have to be as many on both sides.
         select: "top", or "gumbel" to sample by the scores; lowest: False to replace the highest.
     Returns: z_mix, (B, N, D), a new tensor. The best source patch takes the place of the worst
         target patch, and so on; all other patches stay where they are. In value a copy of the
         patches, in gradient weighted by their scores.
-    Raises: ValueError if there are not k patches on both sides.
-    Source: PaRe; slide 26. Differs from the release, which replaces the highest-scored.
     """
     (B, N, D), N_s = z_t.shape, z_s.shape[1]
     if not 0 <= k <= min(N, N_s):
@@ -402,8 +353,6 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The two parts of the loss of a batch (P6): that of target and that of source labels.
 
-        One pass of the body takes target and mixture together.
-
         Args:
             x_t, y_t: target batch and its labels, on the device of the model.
             rows: the source samples, of draw(), as many as the batch has.
@@ -418,7 +367,7 @@ class Mixer(nn.Module):
         z_s = self.f_s(x_s)  # (B, N_s, D)
         s_t, s_s = self.gate(z_t), self.gate(z_s, source=True)
         z_mix = replace_patches(z_t, z_s, s_t, s_s, k, cfg.select, cfg.replace == "lowest")
-        stages = model.g(torch.cat([z_t, z_mix]) if plain else z_mix)  # 2B samples, or B
+        stages = model.g(torch.cat([z_t, z_mix]) if plain else z_mix)  # one pass for both
         mixed = [z[-len(z_mix) :] for z in stages]
         lam = mixing_weight(cfg.lam, k, cfg.k0, z_t.shape[1])
         target = w * (1 - lam) * task.loss(model.h_t(mixed), y_t)  # (P5)
@@ -497,15 +446,9 @@ def evaluate(model: nn.Module, split: str, task: tasks.Task, cfg: Config) -> flo
 
 
 # Copied from orca.load
-def load(directory: str | Path) -> Model:
-    """The model of a finished run, in evaluation mode: a batch of x to predictions.
-
-    Raises: FileNotFoundError if the directory holds no run.
-    """
-    saved = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["model"]
-    model = Model(bodies.rebuild(saved.pop("body")), **saved)
-    run.load_weights(model, Path(directory) / "model.safetensors")
-    return model.eval()
+def load(folder: str | Path) -> Model:
+    """The model of a finished run, in evaluation mode: a batch of x to predictions."""
+    return run.load_model(folder, Model)
 
 
 def main(cfg: Config) -> dict:
@@ -519,11 +462,10 @@ def main(cfg: Config) -> dict:
     sizes, masks = (max(WINDOW, cfg.k0), bodies.image_size(net)), len(task.out_shape) == 3
     source = run.load_source(cfg, tokenize, *sizes, masks)
     mixer = Mixer(f_s, source, model.g.maps, cfg.seed, cfg.gate).to(device)
-    out = run.open_run(cfg, METHOD)
-    record = Record(out, cfg, METHOD, start)
+    record = Record(run.open_run(cfg, METHOD), cfg, METHOD, start)
     if record.result:
         return record.result
-    run.describe(cfg, METHOD, task, model, out, shape, cfg.source)
+    run.describe(cfg, METHOD, task, model, record.out, shape, cfg.source)
 
     val_error = finetune(model, mixer, task, cfg, record)
     record.restore_best(model)
@@ -534,12 +476,7 @@ def main(cfg: Config) -> dict:
 # Adapted from orca.build: f^t may be one that orca.py has aligned
 def build(cfg: Config) -> tuple:
     """Settings without gaps, task, body, its tokenizer, model, and its description."""
-    device = run.start(cfg)
-    task = run.load_task(cfg)
-    axes = len(task.x_shape)
-    cfg = run.resolve(cfg, task, bodies.TINY[axes], bodies.PATCHES[axes])
-    drop_path = 0.1 if cfg.paper else 0.0  # of images, as published
-    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches, drop_path)
+    cfg, task, net, tokenize = run.load_parts(cfg)
     shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
     model = Model(net, **shape, init=cfg.embedder_init)
     f_t, h_t = model.f_t, model.h_t
@@ -548,10 +485,8 @@ def build(cfg: Config) -> tuple:
         run.load_weights(f_t, Path(cfg.f_t) / "f_t.safetensors")
     if cfg.paper and cfg.task == "darcy":  # as published
         bodies.freeze_queries_and_keys(model.g)
-    model.g.recompute = cfg.recompute
-    if cfg.compile:
-        model.g.compile()
-    return cfg, task, net, tokenize, model.to(device), {**shape, "body": bodies.describe(net)}
+    shape |= {"body": bodies.describe(net)}
+    return cfg, task, net, tokenize, run.on_device(model, cfg), shape
 
 
 # Copied from orca.parse_args

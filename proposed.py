@@ -20,27 +20,26 @@ All but (N6) are functions of contrast.py.
     python proposed.py --task ecg --prediction perturbed    prediction as the mean over noise
     python proposed.py --task satellite --f-t RUN       f aligned beforehand, by orca.py in RUN
     python proposed.py --task mine.npz --device cuda    arrays x_train, y_train, x_test, y_test
-Baselines are settings of orca.py.
 
 You should see the contrastive loss fall and "preserved", the mean of P_l, rise in stage "contrast",
 then the error fall in stage "finetune". The last line is the result, with the errors of both
-predictions of (N7); everything is written to runs/proposed-TASK-SEED.
+predictions of (N7); everything is written to runs/proposed-TASK-SEED. The baselines are settings of
+orca.py.
 
 How the slides were read where they leave something open:
- 1. --contrast literal is (N3) as on the slide, of cosines; contrast.py says what is wrong with it.
+ 1. (N3) and (N5) are not those of the slides, which are --contrast literal and --preserve slope;
+    contrast.py says what is wrong with them.
  2. Features are standardised first, since sigma has no unit otherwise. The N K T perturbed features
     are drawn when they are needed; those without noise are among them.
  3. h has a hidden layer, since noise changes nothing in the mean (N7) of a linear h. z is a
     projection of that layer; --contrast-at output takes the outputs, as the slide has it.
  4. Classes correlate (N4) as their mean features do; several labels, and values, as they are.
     Values and fields are labelled by clusters (k-means), and have a tolerance in place of a margin.
- 5. h gives a point the label whose mean z is nearest (N5). --preserve slope is the slide's P_l.
+ 5. h gives a point the label whose mean z is nearest (N5).
  6. "Pretrained model + linear projection" (slide 33) is ORCA's f^t: the body's own norm and
     positions, or patches, around a linear projection. --finetune projection trains only that and h.
 """
 
-import copy
-import json
 import math
 import sys
 import time
@@ -103,7 +102,7 @@ def configure(**given) -> Config:
     return run.configure(Config, papers.ORCA, given)
 
 
-# ---- 2. Data: run.load_task(), which asks tasks/ -------------------------------------------------
+# ---- 2. Data: run.load_parts(), which asks tasks/ ------------------------------------------------
 # ---- 3. Embedder f^t -----------------------------------------------------------------------------
 
 
@@ -117,22 +116,14 @@ class SeriesEmbedder(nn.Module):
 
     def __init__(self, net: nn.Module, x_shape: tuple, patches: int, init: str = "body"):
         super().__init__()
-        (C, L), first = x_shape, bodies.first_position(net)
-        table = net.embeddings.position_embeddings.weight.detach()[first:]
+        C, L = x_shape
         self.patch = bodies.patch_length(L, patches)
-        N, D = math.ceil(L / self.patch), table.shape[1]
-        if N > len(table):
-            raise ValueError(f"--patches: {N} patches exceed the body's {len(table)} positions")
-        self.grid = (N,)
+        self.grid = (math.ceil(L / self.patch),)
         self.register_buffer("mean", torch.zeros(C, 1))
         self.register_buffer("std", torch.ones(C, 1))
-        self.conv = nn.Conv1d(C, D, kernel_size=self.patch, stride=self.patch)
+        self.conv = nn.Conv1d(C, net.config.hidden_size, self.patch, stride=self.patch)
         nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
-        self.norm = copy.deepcopy(net.embeddings.LayerNorm)
-        self.position = nn.Parameter(table[:N].clone())
-        if init == "random":
-            self.norm.reset_parameters()
-            nn.init.normal_(self.position, std=0.02)
+        self.norm, self.position = bodies.norm_and_positions(net, self.grid, init)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
@@ -157,26 +148,16 @@ class ImageEmbedder(nn.Module):
         self.register_buffer("std", torch.ones(C, 1, 1))
         self.conv = nn.Conv2d(C, own.proj.out_channels, own.patch_size, own.patch_size)
         nn.init.xavier_uniform_(self.conv.weight, gain=math.sqrt(2))
-        self.norm, self.position = copy.deepcopy(own.norm), None
-        if hasattr(net, "pos_embed"):  # the class token has the first of them
-            self.position = nn.Parameter(net.pos_embed.detach()[0, -math.prod(self.grid) :].clone())
         if init == "body":
-            weight = own.proj.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
-            self.conv.weight.data = weight.contiguous()
-            nn.init.zeros_(self.conv.bias)
-            if own.proj.bias is not None:
-                self.conv.bias.data = own.proj.bias.detach().clone()
-        else:
-            if isinstance(self.norm, nn.LayerNorm):
-                self.norm.reset_parameters()
-            if self.position is not None:
-                nn.init.normal_(self.position, std=0.02)
+            bodies.copy_channels(own.proj, self.conv)
+        self.norm, self.position = bodies.norm_and_positions(net, self.grid, init)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
         x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         z = self.conv(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
-        return self.norm(z) if self.position is None else self.norm(z) + self.position
+        z = self.norm(z)
+        return z if self.position is None else z + self.position
 
 
 # ---- 4. Body g: bodies.adapt(), the layers of the pretrained model -------------------------------
@@ -190,7 +171,8 @@ class Predictor(nn.Module):
     For a sample, (K,): d is the mean of the last patches, and h has a hidden layer, since noise of
     mean 0 would only rescale what a linear h makes of d. For every point, (C, L) or (C, H, W): d
     holds all patches of all stages, for the layers that ORCA has there, in 2D with a hidden one.
-    d is standardised by the training set, so that noise has a scale.
+    d is standardised by the training set, so that noise has a scale. `inner` makes the hidden layer
+    of the parts of d, and `last` makes points of it; `width` is that of the hidden layer, pooled.
     """
 
     def __init__(self, maps: list, out_shape: tuple):
@@ -200,29 +182,28 @@ class Predictor(nn.Module):
         self.register_buffer("std", torch.ones(self.out_shape))
         # of every part of d: patches, width
         self.tokens = [(math.prod(grid), D) for grid, D in maps] if size else [(1, maps[-1][1])]
-        widths = [D for _, D in self.tokens]
+        (N, D), widths = self.tokens[-1], [D for _, D in self.tokens]
         self.register_buffer("d_mean", torch.zeros(sum(widths)))
         self.register_buffer("d_std", torch.ones(sum(widths)))
-        if len(size) == 0:
-            self.inner = nn.ModuleList([nn.Sequential(nn.Linear(widths[0], HIDDEN), nn.GELU())])
-            self.width, self.last = HIDDEN, nn.ModuleList([nn.Linear(HIDDEN, C)])
+        if not size:
+            self.width = HIDDEN
+            inner, last = [nn.Sequential(nn.Linear(D, HIDDEN), nn.GELU())], [nn.Linear(HIDDEN, C)]
         elif len(size) == 1:
-            self.inner = nn.ModuleList(normed_linear(D, NARROW) for D in widths)
-            self.width = NARROW * maps[0][0][0]
-            self.last = nn.ModuleList([nn.Linear(self.width, math.prod(out_shape))])
+            self.width = N * NARROW
+            inner = [bodies.normed_linear(D, NARROW) for D in widths]
+            last = [nn.Linear(self.width, C * size[0])]
         else:
-            self.grids, fine = [grid for grid, _ in maps], maps[0][0]
-            points = max(math.ceil(p / n) for p, n in zip(size, fine, strict=True))
-            self.sides = [points * fine[0] // grid[0] for grid in self.grids]
+            self.grids, self.sides = [grid for grid, _ in maps], bodies.tile_sides(maps, size)
             slim = [min(D, HIDDEN) for D in widths]
-            inner = map(normed_linear, widths, slim)
-            self.inner = nn.ModuleList(nn.Sequential(layer, nn.GELU()) for layer in inner)
-            self.inner.append(normed_linear(widths[-1], NARROW))  # for the coarse picture
+            self.width = sum(slim) + NARROW
+            inner = map(bodies.normed_linear, widths, slim)
+            inner = [nn.Sequential(layer, nn.GELU()) for layer in inner]
+            inner.append(bodies.normed_linear(D, NARROW))  # for the coarse picture
             last = [nn.Linear(d, C * p * p) for d, p in zip(slim, self.sides, strict=True)]
-            last.append(nn.Linear(self.tokens[-1][0] * NARROW, C * math.prod(fine)))
-            self.last, self.width = nn.ModuleList(last), sum(slim) + NARROW
-        for layer in self.last if size else ():
-            zeros(layer)
+            last.append(nn.Linear(N * NARROW, C * math.prod(self.grids[0])))
+        self.inner, self.last = nn.ModuleList(inner), nn.ModuleList(last)
+        if size:
+            bodies.zeros(self.last)
 
     def features(self, stages: list[Tensor]) -> Tensor:
         """d, standardised: [(B, N, D), ...] or [(B, h, w, D), ...] -> (B, M)."""
@@ -278,19 +259,6 @@ class Predictor(nn.Module):
 
     def forward(self, d: Tensor) -> Tensor:
         return self.mean + self.std * self.output(d)
-
-
-# Copied from orca.normed_linear
-def normed_linear(D: int, d: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, d))
-
-
-# Copied from orca.zeros
-def zeros(linear: nn.Linear) -> nn.Linear:
-    """The layer with all weights 0: training then starts from the mean of y."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
 
 
 # Adapted from orca.Model: d lies between g and h^t, and predictions can be those of perturbed d
@@ -480,7 +448,7 @@ def train_predictor(
         features(model, task, rows)
         return
     rng, head = torch.Generator().manual_seed(cfg.seed), Contrast(model.h_t, cfg, task.kind)
-    head, d, y, missing = head.to(device), None, labels.to(device), 0.0
+    head, d, y = head.to(device), None, labels.to(device)
     a, s = (level.to(device) for level in model.levels)
     size, K = 256 if len(task.out_shape) == 1 else 64, int(labels.max()) + 1  # two of each row
     optimizer = run.optimizer_of([{"params": head.trained()}], cfg, cfg.contrast_lr, 0.0)
@@ -505,12 +473,12 @@ def train_predictor(
             apart = separability(z.detach(), y[some], K)
             shown = {"separability": apart, "preserved": P.mean(), "undefined": undefined}
             record.step(cfg.contrast_lr, contrast=loss, grad_norm=norm, **shown)
-        means = record.means()
-        record.log(cfg.contrast_epochs, **means)
+        record.log(cfg.contrast_epochs, **record.means())
         record.end_epoch()
-        missing += means["undefined"] / cfg.contrast_epochs
-    if missing:
-        text = f"--contrast literal was undefined for {missing:.1%} of the classes of its batches"
+    missing = [row["undefined"] for row in record.rows if row["stage"] == "contrast"]
+    if any(missing):
+        share = sum(missing) / len(missing)
+        text = f"--contrast literal was undefined for {share:.1%} of the classes of its batches"
         warnings.warn(f"{text}, which were left out; inner is always defined", stacklevel=2)
     run.synchronise(model.h_t)
 
@@ -596,15 +564,9 @@ def evaluate_both(model: Model, task: tasks.Task, cfg: Config) -> dict[str, floa
 
 
 # Copied from orca.load
-def load(directory: str | Path) -> Model:
-    """The model of a finished run, in evaluation mode: a batch of x to predictions.
-
-    Raises: FileNotFoundError if the directory holds no run.
-    """
-    saved = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["model"]
-    model = Model(bodies.rebuild(saved.pop("body")), **saved)
-    run.load_weights(model, Path(directory) / "model.safetensors")
-    return model.eval()
+def load(folder: str | Path) -> Model:
+    """The model of a finished run, in evaluation mode: a batch of x to predictions."""
+    return run.load_model(folder, Model)
 
 
 def main(cfg: Config) -> dict:
@@ -614,11 +576,10 @@ def main(cfg: Config) -> dict:
     start = time.time()
     cfg, task, net, tokenize, model, shape = build(cfg)
     rows, labels = labelled(model, task, cfg)
-    out = run.open_run(cfg, METHOD)
-    record = Record(out, cfg, METHOD, start)
+    record = Record(run.open_run(cfg, METHOD), cfg, METHOD, start)
     if record.result:
         return record.result
-    run.describe(cfg, METHOD, task, model, out, shape, "none")
+    run.describe(cfg, METHOD, task, model, record.out, shape, "none")
 
     train_predictor(model, task, rows, labels, cfg, record)  # stages 1 and 2
     val_error = finetune(model, task, cfg, record)  # stage 3
@@ -631,14 +592,10 @@ def main(cfg: Config) -> dict:
 # Adapted from orca.build: the model knows the noise, and f^t may be one that orca.py has aligned
 def build(cfg: Config) -> tuple:
     """Settings without gaps, task, body, its tokenizer, model, and its description."""
-    device, sigmas = run.start(cfg), scales(cfg)
-    task = run.load_task(cfg)
-    axes = len(task.x_shape)
-    cfg = run.resolve(cfg, task, bodies.TINY[axes], bodies.PATCHES[axes])
+    sigmas = scales(cfg)
+    cfg, task, net, tokenize = run.load_parts(cfg)
     preserve = "margin" if task.kind in ("classes", "labels") else "jacobian"
     cfg = replace(cfg, preserve=cfg.preserve or preserve)
-    drop_path = 0.1 if cfg.paper else 0.0  # of images, as published
-    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches, drop_path)
     shape = {"x_shape": task.x_shape, "out_shape": task.out_shape, "patches": cfg.patches}
     shape |= {"kind": task.kind, "noise": (sigmas, cfg.noise_steps)}
     shape |= {"prediction": (cfg.prediction, cfg.draws)}
@@ -647,10 +604,8 @@ def build(cfg: Config) -> tuple:
     f_t.mean, f_t.std, h_t.mean, h_t.std = tasks.statistics(task)
     if cfg.f_t:
         run.load_weights(f_t, Path(cfg.f_t) / "f_t.safetensors")
-    model.g.recompute = cfg.recompute
-    if cfg.compile:
-        model.g.compile()
-    return cfg, task, net, tokenize, model.to(device), {**shape, "body": bodies.describe(net)}
+    shape |= {"body": bodies.describe(net)}
+    return cfg, task, net, tokenize, run.on_device(model, cfg), shape
 
 
 def scales(cfg: Config) -> list[float]:

@@ -1,7 +1,11 @@
 """The folder of a run, and what it takes that a run which was stopped continues as if it had not.
 
 run.py hands all of this to the methods; nobody else has to import it. It knows no method, task or
-model: signals, the processes of a run, and its record: logs, checkpoints, weights.
+model: signals, the processes of a run, and its record: logs, curves, checkpoints, weights.
+
+Several processes (torchrun --nproc-per-node N orca.py ...): each takes every N-th row of a batch,
+and the gradients are added up. The sum is the gradient of the whole batch, also for a last batch
+that is smaller, whichever parameters a stage trains.
 
 A run that was stopped or killed continues with --resume to the same weights and numbers (on a CPU,
 with the same number of processes). last.pt holds the models, the optimiser, the schedule, the place
@@ -19,6 +23,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 
 import safetensors.torch
@@ -285,6 +290,18 @@ class Record:
             dist.barrier()
         load_weights(model, path)
 
+    def spikes(self) -> int:
+        """Epochs of fine-tuning whose mean loss is over 1.2 times the lowest one before."""
+        losses = [row["train_loss"] for row in self.rows if row["stage"] == "finetune"]
+        lowest = accumulate(losses, min)
+        return sum(b > 1.2 * a for a, b in zip(lowest, losses[1:], strict=False))
+
+    def converged(self) -> bool:
+        """Whether the validation error fell by less than 2 % in the last tenth of the epochs."""
+        errors = [row["val_error"] for row in self.rows if "val_error" in row]
+        late = max(1, len(errors) // 10)
+        return len(errors) > late and min(errors[-late:]) > 0.98 * min(errors[:-late])
+
     # careful: last.pt is written before model.safetensors. If the run is killed in between, the
     # state holds the weights, and `better` tells _restore to write them.
     def save(self, better: bool = False) -> None:
@@ -355,6 +372,32 @@ class Record:
             if not saved:
                 self.save()
             raise Stopped(signum)
+
+
+def draw_curves(record: Record, title: str, metric: str, test_error: float | None) -> None:
+    """A panel for each quantity that was logged, against the epochs of its stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    labels = {"distance": "distance D, stage align", "k": "patches replaced, k"}
+    labels |= {"contrast": "contrastive loss", "train_loss": "training loss"}
+    labels |= {"val_error": f"validation {metric}"}
+    shown = [key for key in labels if any(key in row for row in record.rows)] or ["val_error"]
+    size = {"figsize": (3.3 * len(shown), 3), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(1, len(shown), **size)
+    for axis, key in zip(axes[0], shown, strict=True):
+        points = [(row["epoch"], row[key]) for row in record.rows if key in row]
+        axis.plot([epoch for epoch, _ in points], [value for _, value in points])
+        axis.set(xlabel="epoch", title=labels[key])
+        axis.set_ylim(bottom=0)
+        if key == "val_error" and test_error is not None:
+            axis.axhline(test_error, color="tab:orange", linestyle="--", label="test, best epoch")
+            axis.legend()
+    figure.suptitle(title)
+    figure.savefig(record.out / "curves.png", dpi=100)
+    plt.close(figure)
 
 
 # ---- 3. Files ------------------------------------------------------------------------------------

@@ -3,10 +3,6 @@
 The methods stand in orca.py, pare.py and proposed.py, each with its training loop and evaluation;
 they reach everything else through this file. It knows no method and no model. The folder of a run,
 its checkpoints and its processes are in record.py.
-
-Several processes (torchrun --nproc-per-node N orca.py ...): each takes every N-th row of a batch,
-and the gradients are added up. The sum is the gradient of the whole batch, also for a last batch
-that is smaller, whichever parameters a stage trains.
 """
 
 import argparse
@@ -26,16 +22,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, default_collate
 
+import bodies
 import tasks
 from record import (  # noqa: F401 (the scripts take some of these from here)
     Process,
     Record,
     Stopped,
+    draw_curves,
     load_weights,
     number,
     open_run,
     rank,
-    save_weights,
     share,
     signals,
     sum_gradients,
@@ -237,6 +234,17 @@ def start(cfg) -> torch.device:
     return device
 
 
+def load_parts(cfg) -> tuple:
+    """The settings without gaps, the task, the pretrained body, and its tokenizer or None."""
+    start(cfg)
+    task = load_task(cfg)
+    axes = len(task.x_shape)
+    cfg = resolve(cfg, task, bodies.TINY[axes], bodies.PATCHES[axes])
+    drop_path = 0.1 if cfg.paper else 0.0  # of images, as published
+    net, tokenize = bodies.load_body(cfg.body, task.x_shape, cfg.patches, drop_path)
+    return cfg, task, net, tokenize
+
+
 def load_task(cfg) -> tasks.Task:
     """The task that the settings ask for."""
     size, which = cfg.train_size or None, (cfg.task, cfg.data, cfg.data_dir, cfg.seed)
@@ -261,6 +269,14 @@ def resolve(cfg, task: tasks.Task, body: str, patches: int):
         epoch = math.ceil(len(task.train) / cfg.batch_size)  # steps
         cfg = replace(cfg, epochs=max(FEWEST, math.ceil(cfg.steps / epoch)))
     return cfg
+
+
+def on_device(model: nn.Module, cfg) -> nn.Module:
+    """The model where it computes, its g as --recompute and --compile say."""
+    model.g.recompute = cfg.recompute
+    if cfg.compile:
+        model.g.compile()
+    return model.to(Process.device)
 
 
 def autocast(device: torch.device, precision: str):
@@ -394,20 +410,20 @@ def finish(
 
     errors: "test_error", None where the metric is not defined, "val_error", and what else there is.
     """
-    losses = [row["train_loss"] for row in record.rows if row["stage"] == "finetune"]
-    lowest = np.minimum.accumulate(losses) if losses else []
     result = {"method": method, "task": cfg.task, "data": task.data, "body": cfg.body}
     result |= {"source": source, "seed": cfg.seed, "metric": task.metric_name}
     known = {k: v is not None and math.isfinite(v) for k, v in errors.items()}
     result |= {k: round(v, 6) if known[k] else None for k, v in errors.items()}
     result |= {"epochs": cfg.epochs, "train_size": len(task.train)}
-    result["spikes"] = sum(bool(b > 1.2 * a) for a, b in zip(lowest, losses[1:], strict=False))
-    result |= {"time_s": round(time.time() - record.start, 1)}
+    result |= {"spikes": record.spikes(), "time_s": round(time.time() - record.start, 1)}
     result |= {"params_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 3)}
     result |= {"device": str(Process.device), "precision": cfg.precision}
-    result |= {"converged": converged([row.get("val_error") for row in record.rows])}
+    result |= {"converged": record.converged()}
     if cfg.baselines == "on" or (cfg.baselines == "auto" and baselines.cheap(task)):
-        result["baselines"] = compare(baselines.simple_learners(task, cfg.seed), result)
+        simple = baselines.simple_learners(task, cfg.seed)
+        result["baselines"] = {name: round(error, 6) for name, error in simple.items()}
+        if rank() == 0:
+            print(*baselines.compared(simple, result["test_error"]), sep="\n")
     if rank() == 0:
         title = f"{method}: {task.title} ({task.data})"
         draw_curves(record, title, task.metric_name, errors["test_error"])
@@ -417,54 +433,22 @@ def finish(
     return result
 
 
-def converged(errors: list) -> bool:
-    """Whether the validation error fell by less than 2 % in the last tenth of the epochs."""
-    errors = [error for error in errors if error is not None]
-    late = max(1, len(errors) // 10)
-    return len(errors) > late and min(errors[-late:]) > 0.98 * min(errors[:-late])
+def load_model(folder: str | Path, make: Callable) -> nn.Module:
+    """The model of a finished run, in evaluation mode: a batch of x to predictions.
 
-
-def compare(errors: dict[str, float], result: dict) -> dict[str, float]:
-    """Print the test errors of simple learners, and say so if one of them is better."""
-    if rank() == 0:
-        shown = ", ".join(f"{name} {number(error)}" for name, error in errors.items())
-        print(f"simple learners: {shown}")
-        best, own = min(errors, key=errors.get), result["test_error"]
-        if own is not None and errors[best] < own:
-            print(f"note: {best} is better than this run; more --steps or another --lr may help")
-    return {name: round(error, 6) for name, error in errors.items()}
-
-
-def draw_curves(record: Record, title: str, metric: str, test_error: float | None) -> None:
-    """A panel for each quantity that was logged, against the epochs of its stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    labels = {"distance": "distance D, stage align", "k": "patches replaced, k"}
-    labels |= {"contrast": "contrastive loss", "train_loss": "training loss"}
-    labels |= {"val_error": f"validation {metric}"}
-    shown = [key for key in labels if any(key in row for row in record.rows)] or ["val_error"]
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.3 * len(shown), 3), layout="constrained")
-    for axis, key in zip(np.atleast_1d(axes), shown, strict=True):
-        points = [(row["epoch"], row[key]) for row in record.rows if key in row]
-        axis.plot([epoch for epoch, _ in points], [value for _, value in points])
-        axis.set(xlabel="epoch", title=labels[key])
-        axis.set_ylim(bottom=0)
-        if key == "val_error" and test_error is not None:
-            axis.axhline(test_error, color="tab:orange", linestyle="--", label="test, best epoch")
-            axis.legend()
-    figure.suptitle(title)
-    figure.savefig(record.out / "curves.png", dpi=100)
-    plt.close(figure)
+    make: a Model, from a body and what describe() has written of its shape.
+    Raises: FileNotFoundError if the folder holds no run.
+    """
+    saved = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model"]
+    model = make(bodies.rebuild(saved.pop("body")), **saved)
+    load_weights(model, Path(folder) / "model.safetensors")
+    return model.eval()
 
 
 def predict(cfg, load: Callable) -> np.ndarray:
     """--predict X.npy --run DIR --out Y.npy: what a finished run predicts for new inputs.
 
-    Writes classes (n,), by their own names, probabilities of labels and masks, or values in the
-    units of y. Raises: ValueError if X does not fit the data that the run was trained on.
+    Writes what own.predictions() returns. Raises: ValueError if X does not fit the run's data.
     """
     if not (cfg.run and cfg.out):
         raise ValueError("--predict X.npy needs --run DIR, a finished run, and --out Y.npy")
@@ -474,15 +458,7 @@ def predict(cfg, load: Callable) -> np.ndarray:
     saved = json.loads(path.read_text(encoding="utf-8"))
     x = own.read_inputs(cfg.predict, tuple(saved["model"]["x_shape"]), saved["encoding"])
     device = start(cfg)
-    model = load(cfg.run).to(device)
-    with torch.no_grad():
-        rows = torch.from_numpy(x).split(256)
-        found = torch.cat([model(part.to(device)).float().cpu() for part in rows])
-    if saved["kind"] == "classes":
-        found = found.argmax(dim=1)
-    elif saved["kind"] in ("labels", "mask"):
-        found = found.sigmoid()
-    found = own.decode(found.numpy(), saved["encoding"])
+    found = own.predictions(load(cfg.run).to(device), x, saved["kind"], saved["encoding"])
     np.save(out, found)
     print(f"{len(found)} predictions, shape {found.shape}, in {out}")
     return found

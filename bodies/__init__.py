@@ -23,16 +23,22 @@ from bodies.layers import (
     PlainBody,
     SeriesBody,
     adapt,
+    copy_channels,
     first_position,
     freeze_queries_and_keys,
     image_size,
+    norm_and_positions,
+    normed_linear,
     patch_length,
+    tile_sides,
+    zeros,
 )
 from tasks import download
 
-__all__ = ["ImageBody", "PlainBody", "SeriesBody", "adapt", "describe", "first_position"]
-__all__ += ["freeze_queries_and_keys", "image_size", "load_body", "patch_length", "rebuild"]
-__all__ += ["spread"]
+__all__ = ["ImageBody", "PlainBody", "SeriesBody", "adapt", "copy_channels", "describe"]
+__all__ += ["first_position", "freeze_queries_and_keys", "image_size", "load_body"]
+__all__ += ["norm_and_positions", "normed_linear", "patch_length", "rebuild", "spread"]
+__all__ += ["tile_sides", "zeros"]
 
 FOLDER = Path(__file__).resolve().parent
 TINY = {2: "tiny_roberta", 3: "tiny_swin"}  # len(x_shape): the body that comes with the project

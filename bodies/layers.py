@@ -1,8 +1,10 @@
 """The body g of slide 7: the layers of a pretrained model, as the methods call them.
 
-Everything that differs from one kind of body to the next, once it is loaded, is here.
+Everything that differs from one kind of body to the next, once it is loaded, is here: also what f^t
+takes over of the body's own embedder, and what h^t is put together from.
 """
 
+import copy
 import math
 
 import torch
@@ -34,6 +36,48 @@ def patch_length(L: int, most: int) -> int:
 def image_size(net: nn.Module) -> int:
     """Pixels along each side of the images that an image body takes; 0 of a series body."""
     return net.patch_embed.img_size[0] if hasattr(net, "patch_embed") else 0
+
+
+def copy_channels(own: nn.Conv2d, conv: nn.Conv2d) -> None:
+    """Let a convolution of C channels start as the body's own: its three channels are repeated."""
+    C = conv.in_channels
+    weight = own.weight.detach().repeat(1, math.ceil(C / 3), 1, 1)[:, :C]
+    conv.weight.data = weight.contiguous()
+    nn.init.zeros_(conv.bias)
+    if own.bias is not None:
+        conv.bias.data = own.bias.detach().clone()
+
+
+def norm_and_positions(
+    net: nn.Module, grid: tuple, init: str = "body"
+) -> tuple[nn.Module, nn.Parameter | None]:
+    """Copies of what follows the convolution in the body's own embedder.
+
+    Args:
+        grid: the number of patches along each axis, N in all.
+        init: "body", or "random": a new LayerNorm, and positions from random numbers.
+    Returns: the norm; the positions, (N, D), or None of a Swin, which has relative ones in g.
+    Raises: ValueError if a series has more patches than the body has positions.
+    """
+    N, position = math.prod(grid), None
+    if hasattr(net, "embeddings"):
+        norm, table = net.embeddings.LayerNorm, net.embeddings.position_embeddings.weight
+        position = table[first_position(net) :][:N]
+        if N > len(position):
+            raise ValueError(f"--patches: {N} patches exceed the body's {len(position)} positions")
+    else:
+        norm = net.patch_embed.norm
+        if hasattr(net, "pos_embed"):
+            position = net.pos_embed[0, -N:]  # the class token has the first of them
+    norm = copy.deepcopy(norm)
+    if position is not None:
+        position = nn.Parameter(position.detach().clone())
+    if init == "random":
+        if isinstance(norm, nn.LayerNorm):
+            norm.reset_parameters()
+        if position is not None:
+            nn.init.normal_(position, std=0.02)
+    return norm, position
 
 
 def adapt(net: nn.Module, grid: tuple) -> nn.Module:
@@ -116,6 +160,32 @@ class PlainBody(nn.Module):
             z = _through(block, z, self.recompute)
             features.append(z[:, P:].unflatten(1, self.grid))  # (B, P + N, D) -> (B, h, w, D)
         return [*features[:-1], self.norm(features[-1])]
+
+
+# ---- What h^t is put together from ----
+
+
+def normed_linear(D: int, d: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, d))
+
+
+def zeros(module: nn.Module) -> nn.Module:
+    """The module, its linear layers with weights 0: training then starts from the mean of y."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return module
+
+
+def tile_sides(maps: list, size: tuple) -> list[int]:
+    """For each stage of g, the points along each side of the tile that one of its patches predicts.
+
+    Tiles of all stages cover the same picture, of at least `size` = (H, W) points. maps: as of g.
+    """
+    fine = maps[0][0]
+    points = max(math.ceil(p / n) for p, n in zip(size, fine, strict=True))
+    return [points * fine[0] // grid[0] for grid, _ in maps]
 
 
 # ---- Frozen queries and keys, as PaRe was published on Darcy flow ----

@@ -67,6 +67,18 @@ def simple_learners(
     return found
 
 
+def compared(errors: dict[str, float], test_error: float | None) -> list[str]:
+    """The errors of simple learners in a line; another one if the best of them beats a run.
+
+    test_error: of the run, None where it is not defined.
+    """
+    shown = ", ".join(f"{name} {error:.4g}" for name, error in errors.items())
+    lines, best = [f"simple learners: {shown}"], min(errors, key=errors.get)
+    if test_error is not None and errors[best] < test_error:
+        lines += [f"note: {best} is better than this run; more --steps or another --lr may help"]
+    return lines
+
+
 # ---- the learners: each gives its name and its predictions for the test set ----
 
 

@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from tasks import files, metrics
 
@@ -293,6 +295,26 @@ def read_inputs(path: str | Path, x_shape: tuple[int, ...], encoding: dict) -> n
         raise ValueError(f"{path}: holds NaN or infinite values; fill them in")
     _check_range(str(path), x)
     return _encoded(str(path), x, encoding.get("x"))
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, x: np.ndarray, kind: str, encoding: dict) -> np.ndarray:
+    """What a model predicts for inputs, as the user has it.
+
+    Args:
+        x: as read_inputs() gives it, (n, *x_shape).
+        kind, encoding: of the Task.
+    Returns: classes, (n,), by their own names; probabilities of labels and masks; or values in the
+        units of y.
+    """
+    device = next(model.parameters()).device
+    parts = torch.from_numpy(x).split(256)
+    found = torch.cat([model(part.to(device)).float().cpu() for part in parts])
+    if kind == "classes":
+        found = found.argmax(dim=1)
+    elif kind in ("labels", "mask"):
+        found = found.sigmoid()
+    return decode(found.numpy(), encoding)
 
 
 def decode(predictions: np.ndarray, encoding: dict) -> np.ndarray:

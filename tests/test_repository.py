@@ -53,7 +53,7 @@ def test_nothing_from_outside_is_executed_and_no_device_is_assumed():
 
 
 def test_sizes_that_keep_a_file_readable():
-    limits = {"orca": 505, "pare": 570, "proposed": 685, "run": 490, "record": 525}
+    limits = {"orca": 455, "pare": 505, "proposed": 640, "run": 470, "record": 570}
     limits |= {"otdd": 405, "contrast": 250, "mmd": 140}
     for name, most in limits.items():
         assert len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= most, name
@@ -79,7 +79,7 @@ MAY = {name: {"run", "tasks", "bodies"} for name in ("orca", "pare", "proposed")
 MAY["orca"] = MAY["orca"] | {"otdd", "mmd"}
 MAY["proposed"] = MAY["proposed"] | {"contrast"}
 MAY |= {"otdd": set(), "mmd": set(), "contrast": set()}
-MAY |= {"run": {"record", "tasks"}, "record": set(), "tasks": {"tasks"}}
+MAY |= {"run": {"record", "tasks", "bodies"}, "record": set(), "tasks": {"tasks"}}
 MAY["bodies"] = {"bodies", "tasks"}  # of which it takes the downloads, and texts to learn from
 
 
