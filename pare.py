@@ -186,17 +186,17 @@ class Predictor(nn.Module):
         self.out_shape, (C, *size) = tuple(out_shape), out_shape
         self.register_buffer("mean", torch.zeros(self.out_shape))
         self.register_buffer("std", torch.ones(self.out_shape))
-        (fine, _), (grid, D) = maps[0], maps[-1]  # patches along each axis, and their width
+        (fine, _), (grid, D) = maps[0], maps[-1]  # first, last stage: patches per axis, width
         if not size:
             self.linear = nn.Linear(D, C)
         elif len(size) == 1:
             self.narrow = nn.ModuleList(bodies.normed_linear(D, NARROW) for _, D in maps)
             self.linear = bodies.zeros(nn.Linear(math.prod(grid) * NARROW, C * size[0]))
         else:
-            self.sides = bodies.tile_sides(maps, size)  # p of each stage
-            tiles = zip(maps, self.sides, strict=True)
-            tiles = (bodies.normed_linear(D, C * p * p) for (_, D), p in tiles)
-            self.tiles = bodies.zeros(nn.ModuleList(tiles))
+            self.sides = bodies.tile_sides(maps, size)  # a patch of the stage gives p x p points
+            stages = zip(maps, self.sides, strict=True)
+            self.tiles = nn.ModuleList(bodies.normed_linear(D, C * p * p) for (_, D), p in stages)
+            bodies.zeros(self.tiles)
             self.narrow = nn.ModuleList([bodies.normed_linear(D, NARROW)])
             coarse = C * math.prod(fine)  # a point for each patch of the finest stage
             self.linear = bodies.zeros(nn.Linear(math.prod(grid) * NARROW, coarse))

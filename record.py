@@ -381,6 +381,7 @@ def draw_curves(record: Record, title: str, metric: str, test_error: float | Non
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    # the numbers that a method can log
     labels = {"distance": "distance D, stage align", "k": "patches replaced, k"}
     labels |= {"contrast": "contrastive loss", "train_loss": "training loss"}
     labels |= {"val_error": f"validation {metric}"}

@@ -1,8 +1,8 @@
 """What every run needs and no slide is about: settings, command line, device, batches, results.
 
 The methods stand in orca.py, pare.py and proposed.py, each with its training loop and evaluation;
-they reach everything else through this file. It knows no method and no model. The folder of a run,
-its checkpoints and its processes are in record.py.
+they reach everything else through this file. It knows no method, and of a model only its body g.
+The folder of a run, its checkpoints and its processes are in record.py.
 """
 
 import argparse
