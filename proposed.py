@@ -27,8 +27,8 @@ predictions of (N7); everything is written to runs/proposed-TASK-SEED. The basel
 orca.py.
 
 How the slides were read where they leave something open:
- 1. (N3) and (N5) are not those of the slides, which are --contrast literal and --preserve slope;
-    contrast.py says what is wrong with them.
+ 1. The slides' own (N3) and (N5) are --contrast literal and --preserve slope; contrast.py says what
+    is wrong with them.
  2. Features are standardised first, since sigma has no unit otherwise. The N K T perturbed features
     are drawn when they are needed; those without noise are among them.
  3. h has a hidden layer, since noise changes nothing in the mean (N7) of a linear h. z is a
@@ -214,6 +214,7 @@ class Predictor(nn.Module):
         return torch.cat(rows, dim=1)
 
     def scales(self, parts: list[Tensor]) -> zip:
+        """Each part of d with the means and the deviations of its channels."""
         widths = [D for _, D in self.tokens]
         return zip(parts, self.d_mean.split(widths), self.d_std.split(widths), strict=True)
 
@@ -224,6 +225,7 @@ class Predictor(nn.Module):
         return [z.unflatten(1, shape) for z, shape in parts]
 
     def hidden(self, d: Tensor) -> list[Tensor]:
+        """The hidden layer, by parts: (B, M) -> [(B, N, width), ...]."""
         z = self.split(d)
         if len(self.out_shape) > 1:  # a LayerNorm follows, of channels as g has them
             z = [mean + std * part for part, mean, std in self.scales(z)]
