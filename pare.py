@@ -367,7 +367,7 @@ class Mixer(nn.Module):
         z_s = self.f_s(x_s)  # (B, N_s, D)
         s_t, s_s = self.gate(z_t), self.gate(z_s, source=True)
         z_mix = replace_patches(z_t, z_s, s_t, s_s, k, cfg.select, cfg.replace == "lowest")
-        stages = model.g(torch.cat([z_t, z_mix]) if plain else z_mix)  # one pass for both
+        stages = model.g(torch.cat([z_t, z_mix]) if plain else z_mix)  # 2B samples, or B
         mixed = [z[-len(z_mix) :] for z in stages]
         lam = mixing_weight(cfg.lam, k, cfg.k0, z_t.shape[1])
         target = w * (1 - lam) * task.loss(model.h_t(mixed), y_t)  # (P5)
