@@ -269,8 +269,8 @@ class Gate(nn.Module):
 def patches_to_replace(k0: int, epoch: int, epochs: int, k_end: int = 0) -> int:
     """k of an epoch (P2): k0 in the first, falling linearly, k_end in the last.
 
-    Epochs (or steps, likewise) are numbered 0..epochs - 1, so E = epochs - 1. On slide 26, the
-    denominator is cut off; read as E, the number of the last epoch.
+    Epochs (or steps, likewise) are numbered 0..epochs - 1, so slide 26's total E is epochs - 1.
+    Source: slide 26, whose denominator is cut off; read as the number of the last epoch.
     """
     return round(k_end + (k0 - k_end) * (1 - epoch / max(1, epochs - 1)))  # (P2)
 
