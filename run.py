@@ -272,7 +272,7 @@ def resolve(cfg, task: tasks.Task, body: str, patches: int):
 
 
 def on_device(model: nn.Module, cfg) -> nn.Module:
-    """The model where it computes, its g as --recompute and --compile say."""
+    """The model on the device of this process, its g as --recompute and --compile say."""
     model.g.recompute = cfg.recompute
     if cfg.compile:
         model.g.compile()

@@ -170,7 +170,7 @@ def normed_linear(D: int, d: int) -> nn.Sequential:
 
 
 def zeros(module: nn.Module) -> nn.Module:
-    """The module, its linear layers with weights 0: training then starts from the mean of y."""
+    """The module with zeros in its linear layers: training then starts from the mean of y."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.zeros_(layer.weight)
