@@ -1,6 +1,7 @@
 """Pretrained bodies: the tiny ones and their cards; which others are taken, and how; what g is."""
 
 import copy
+import functools
 import importlib.util
 import json
 import re
@@ -74,9 +75,18 @@ def test_masks_are_80_10_10(maker):
 
 @pytest.mark.slow
 def test_the_script_makes_a_body_and_goes_on_after_a_break(maker, tmp_path, monkeypatch):
-    """Six steps in one go, and six with a break after five, make the same weights."""
+    """Six steps in one go, and six with a break after five, make the same weights.
+
+    Of a smaller body, with less text and a fiftieth of the windows of the probe.
+    """
     from safetensors.torch import load_file
 
+    texts = {name: text[:20_000] for name, text in maker.words.texts().items()}
+    load = maker.words.load
+    monkeypatch.setattr(maker.words, "texts", lambda: texts)
+    monkeypatch.setattr(maker.words, "load", lambda tokens, n, *how: load(tokens, n // 50, *how))
+    for name, size in {"VOCABULARY": 600, "LAYERS": 2, "D": 16, "INNER": 32}.items():
+        monkeypatch.setattr(maker, name, size)
     small = {"steps": 6, "batch": 4, "length": 16, "lr": 1e-3, "seed": 0, "threads": 2}
     arguments = lambda out: maker.argparse.Namespace(**small, save_every=3, out=tmp_path / out)  # noqa: E731
     maker.main(arguments("whole"))
@@ -149,7 +159,11 @@ def test_the_card_of_tiny_swin_s_probe_comes_out_again(swin_maker):
 
 @pytest.mark.slow
 def test_pretraining_of_tiny_swin_goes_on_where_it_stopped(swin_maker, tmp_path, monkeypatch):
-    """Four steps in one go, and four with a break after three, make the same weights."""
+    """Four steps in one go, and four with a break after three, make the same weights.
+
+    The accuracy, which is measured beside them, is that in 20 images instead of 2000.
+    """
+    monkeypatch.setattr(swin_maker, "accuracy", functools.partial(swin_maker.accuracy, n=20))
     kinds, (clip, steps) = swin_maker.classes()[0], (torch.nn.utils.clip_grad_norm_, [])
     args = type("args", (), {"seed": 0, "lr": 1e-3, "batch": 8, "save_every": 2, "steps": 4})
 
