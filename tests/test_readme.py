@@ -107,7 +107,8 @@ def test_alignment_then_another_method(series, tmp_path, monkeypatch, capsys):
     for line in lines:
         epochs = [] if "--epochs" in line else ["--epochs", "1"]
         task = line.replace("--task satellite", "--task mine.npz")
-        assert run(task, *epochs, "--source-size", "32", "--device", "cpu") == 0
+        more = [*epochs, *(["--align-epochs", "2"] if line.startswith("orca") else [])]
+        assert run(task, *more, "--source-size", "32", "--device", "cpu") == 0
     assert Path("runs/aligned/f_t.safetensors").is_file()
 
 
