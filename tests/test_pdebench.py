@@ -384,6 +384,7 @@ def test_orca_runs_on_the_file(name, written, tmp_path, capsys):
     root = written(name).parents[1]
     argv = ["--task", name, "--data", "real", "--data-dir", str(root), "--align", "none"]
     argv += ["--published"] * MODULES[name].FILE.published_only
+    argv += ["--patches", "64"] * (len(MODULES[name].TASK["x_shape"]) == 3)
     assert orca.cli([*argv, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
     assert "data=real" in capsys.readouterr().out
 
