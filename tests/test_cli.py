@@ -227,17 +227,22 @@ def test_importing_a_script_does_nothing_and_loads_little():
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
+def seconds(*argv):
+    start = time.perf_counter()
+    shell(*argv)
+    return time.perf_counter() - start
+
+
+@pytest.fixture(scope="module")
+def torch_s():
+    """What importing torch takes."""
+    return min(seconds("-c", "import torch") for _ in range(2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_bad_usage_cost_little_more_than_torch(script):
-    def seconds(*argv):
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            shell(*argv)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    floor = seconds("-c", "import torch")
-    for flags in (["--help"], ["--epochs", "-2"]):
-        assert seconds(f"{script}.py", *flags) < 1.5 * floor
+@pytest.mark.parametrize("flags", ["--help", "--epochs -2"])
+def test_help_and_bad_usage_cost_little_more_than_torch(script, flags, torch_s):
+    """In one of three tries: other work may slow one down."""
+    command = (f"{script}.py", *flags.split())
+    assert any(seconds(*command) < 1.5 * torch_s for _ in range(3))
