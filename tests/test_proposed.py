@@ -286,6 +286,7 @@ KEYS += "precision converged baselines"
 @pytest.mark.parametrize("kind", ["classes", "labels", "vector", "field", "image classes", "image"])
 def test_a_run_on_every_kind_of_task(kind, tmp_path):
     given = {"task": str(data_of(kind, tmp_path)), "epochs": 2, "draws": 3}
+    given |= {"patches": 64 if "image" in kind else 0}
     prediction = "perturbed" if kind in ("classes", "image") else "normal"
     cfg = proposed.configure(**given, **SMALL, prediction=prediction, out=str(tmp_path / "run"))
     result = proposed.main(cfg)
