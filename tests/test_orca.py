@@ -223,7 +223,7 @@ def test_every_alignment_takes_every_kind_of_target(kind, align, tmp_path):
     }[kind]
     np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
     flags = f"--task {tmp_path / 'd.npz'} --align {align} --align-epochs 3 --epochs 1"
-    flags += " --align-lr 1e-3 --source-size 60 --align-samples 30 --patches 64"
+    flags += " --align-lr 1e-3 --source-size 100 --align-samples 50 --patches 64"
     flags += f" --out {tmp_path / 'run'}"
     result = orca.main(orca.parse_args(flags.split()))
     assert np.isfinite(result["test_error"])
