@@ -34,6 +34,7 @@ from tasks import burgers, cifar100, cosmic, darcy, deepsea, satellite
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"orca": orca, "pare": pare, "proposed": proposed}
 KINDS = (satellite, deepsea, burgers, cifar100, cosmic, darcy)  # classes, labels, fields, a mask
+IMAGES = ("cifar100", "cosmic", "darcy")
 NAMES = [module.__name__.split(".")[1] for module in KINDS]
 SMALL = "--train-size 24 --batch-size 8 --epochs 1 --source-size 64 --baselines off"
 SMALL = {
@@ -65,9 +66,8 @@ loading = run.load_source
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Few samples of every task; nothing twice or drawn that the device has no part in."""
+    """Few samples of every task; nothing twice that the device has no part in."""
     monkeypatch.setattr(run, "load_source", load_source)
-    monkeypatch.setattr(run, "draw_curves", lambda *given: None)
     for module in KINDS:
         monkeypatch.setitem(module.TASK, "sizes", {"train": 24, "val": 8, "test": 8})
     yield
@@ -92,7 +92,8 @@ def device(request):
 def settings(line: str, series: Path, device: str, out: Path, more: str = ""):
     """The script and the settings of a command line; SERIES in it is a file of 4 classes."""
     script, *argv = f"{line} {more}".replace("SERIES", str(series)).split()
-    argv = [*SMALL[script].split(), *argv, "--device", device, "--out", str(out), "--overwrite"]
+    small = SMALL[script] + " --patches 64" * any(task in line for task in IMAGES)
+    argv = [*small.split(), *argv, "--device", device, "--out", str(out), "--overwrite"]
     return SCRIPTS[script], SCRIPTS[script].parse_args(argv)
 
 
@@ -295,7 +296,11 @@ import standin
 
 kept = standin.register()
 torch.Generator = standin.Generator
-import orca, pare, proposed
+import orca, pare, proposed, run
+from tasks.sources import words
+
+run.draw_curves = lambda *given: None
+words.texts = lambda: dict.fromkeys(words.CLASSES, open(orca.__file__, encoding="utf-8").read())
 
 def of_the_device(name, place):
     real = getattr(dist, name)
@@ -326,6 +331,7 @@ def test_processes_talk_on_their_device_alone(chip, tmp_path):
     runs = []
     for script, small in SMALL.items():
         task = {"pare": "darcy"}.get(script, "satellite")
+        small += " --patches 64" if task in IMAGES else ""
         given = f"{script} --task {task} {small} --device chip --out {tmp_path / script}"
         runs.append(given.replace("--train-size 24", "--train-size 17"))  # the last batch: one row
     code = WORKER.format(root=str(ROOT), runs=runs)
@@ -387,7 +393,7 @@ def test_compilation_changes_nothing_on_cuda(line, tmp_path):
 
 @on_cuda
 def test_recomputation_saves_memory_and_changes_nothing(tmp_path):
-    line, peak, loss = "orca --task darcy --align none", {}, {}
+    line, peak, loss = "orca --task darcy --align none --patches 256", {}, {}
     for more in ("", "--recompute"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
