@@ -43,7 +43,7 @@ def test_notebook_has_the_form_of_the_others(path):
     everything, text = cells(path), "\n".join(cell["source"] for cell in cells(path, "markdown"))
     assert len(everything) <= 40
     for cell in cells(path, "code"):
-        assert len([line for line in cell["source"].splitlines() if line.strip()]) <= 15
+        assert len([line for line in cell["source"].splitlines() if line.strip()]) <= 12
     first, last = everything[0]["source"], everything[-1]["source"]
     assert first.startswith("# ") and re.search(r"(?i)\|[^|\n]*slide.*\n\|-", first), (
         "no table of slides"
@@ -56,6 +56,16 @@ def test_notebook_has_the_form_of_the_others(path):
         assert (path.parent / target).exists(), target
     numbers = [other.stem[:2] for other in NOTEBOOKS]
     assert len(set(numbers)) == len(numbers)
+
+
+@every
+def test_link_to_a_heading_leads_to_one(path):
+    text = "\n".join(cell["source"] for cell in cells(path, "markdown"))
+    for target, anchor in re.findall(r"\]\(([^):#]+\.md)#([^)]+)\)", text):
+        page = (path.parent / target).read_text(encoding="utf-8")
+        headings = [line.lstrip("# ").lower() for line in page.splitlines() if line.startswith("#")]
+        anchors = {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+        assert anchor in anchors, f"{target} has no heading {anchor}"
 
 
 @every
