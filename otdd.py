@@ -186,13 +186,14 @@ class _Entropic:
     """Entropic plans (D5): pi = b exp((f + g - c) / eps) / n, with potentials f (C, n, 1) and
     g (C, 1, m'). The C sets are padded to m' samples, of weights b (C, 1, m').
 
-    Sinkhorn's steps bring g near the optimum while eps comes down, and Newton's steps finish. The
-    costs only occur in K v and u K, K = exp((f + g - c) / eps), which are sums over blocks of rows.
+    Sinkhorn's and Newton's steps take turns while eps comes down. The costs occur in sums over
+    blocks of rows alone.
     """
 
     def __init__(self, x, z, sizes, labels):
         self.x, self.labels = x, labels
-        self.sets = pad_sequence(z.split(sizes), batch_first=True)
+        cycle = torch.arange(max(sizes), device=z.device)
+        self.sets = torch.stack([v[cycle % len(v)] for v in z.split(sizes)])
         self.b = pad_sequence([z.new_ones(k) / k for k in sizes], batch_first=True)[:, None]
         self.f, self.g = x.new_zeros(len(sizes), len(x), 1), torch.zeros_like(self.b)
         step = len(x) if len(x) * self.b.numel() <= DENSE else max(1, BLOCK // self.b.numel())
@@ -225,9 +226,6 @@ class _Entropic:
         """Find potentials, to within tol of the values; eps comes down from the mean cost."""
         self.eps = math.inf  # makes pi the product of its marginals
         mean, precision = float(self.linear().mean()), torch.finfo(self.b.dtype).eps
-        padding = torch.where(self.b > 0, 0, math.inf)
-        least = [(self.costs(rows) + padding).amin(2, keepdim=True) for rows in self.rows]
-        self.f = torch.cat(least, 1)
         levels = [eps * 4**k for k in range(20, 0, -1) if eps * 4**k < mean]
         for self.eps in [*levels, *[eps] * 50]:
             gap = self.improve()
@@ -237,50 +235,54 @@ class _Entropic:
         off = float((gap / self.values).max())
         warnings.warn(f"sinkhorn stopped {off:.0e} of the value short; raise eps", stacklevel=2)
 
-    def improve(self):
-        """Sinkhorn's steps, then one of Newton's by conjugate gradients; sets the values. Returns
-        how much Newton's step adds to them, to second order, (C,)."""
-        b, K = self.b, self.kernel(self.rows[0]) if len(self.rows) == 1 else None
-        u, v, tiny = torch.ones_like(self.f), torch.ones_like(b), torch.finfo(b.dtype).tiny
+    def dual(self, g):
+        """The values of potentials g, (C,), with the best f to them; both are set."""
+        self.g = g
+        for rows in self.rows:
+            exponent = (g - self.costs(rows)).div_(self.eps).add_(self.b.log())
+            self.f[:, rows] = -self.eps * exponent.logsumexp(2, keepdim=True)
+        return self.f.mean((1, 2)) + (self.b * g).sum((1, 2))
 
-        def through(w, newton=False):
-            """K^T (u u K b w) / n, in which a step of Sinkhorn sets u = 1 / (K b w)."""
-            total = torch.zeros_like(w)
-            for rows in self.rows:
-                k = self.kernel(rows) if K is None else K
-                sums = k @ (b * w).mT
-                if not newton:
-                    u[:, rows] = 1 / sums
-                total += (u[:, rows] * (u[:, rows] * sums)).mT @ k / len(self.x)
-            return total
+    def improve(self):
+        """A step of Sinkhorn's, then one of Newton's by conjugate gradients; sets the values, which
+        do not fall. Returns how much Newton's whole step adds to them, to second order, (C,)."""
+        b, n, precision = self.b, len(self.x), torch.finfo(self.b.dtype).eps
+        marginal = sum(self.kernel(rows).sum(1, keepdim=True) for rows in self.rows) / n
+        values = self.dual(self.g - self.eps * marginal.log())
+        whole = [self.kernel(rows) for rows in self.rows[:1] if len(self.rows) == 1]
+
+        def kernels():
+            return whole or map(self.kernel, self.rows)
 
         def dot(x, y):
             return (b * x * y).sum(2, keepdim=True)
 
-        marginal = torch.ones_like(v)
-        for _ in range(3):
-            v = (v / marginal).clamp_(1e-9, 1e9)
-            marginal = v * through(v)  # the target's, over b; the source's are right
-        f, g = self.f + self.eps * u.log(), self.g + self.eps * v.log()
-        step, slope = torch.zeros_like(v), 1 - marginal
-        rest = slope - dot(slope, torch.ones_like(v))  # careful: constants change nothing
+        marginal = sum(k.sum(1, keepdim=True) for k in kernels()) / n  # the target's, over b
+        step, slope = torch.zeros_like(b), 1 - marginal
+        rest = slope - dot(slope, torch.ones_like(b))  # careful: constants change nothing
         direction = rest / marginal
         first = size = dot(rest, direction)
+        active = size > 0
         for _ in range(50):
-            curved = marginal * direction - v * through(v * direction, newton=True)
-            bend = dot(direction, curved)  # careful: rounding may leave none
-            length = torch.where(bend > torch.finfo(b.dtype).eps * size, size / bend, 0)
+            curved = sum((k @ (b * direction).mT).mT @ k for k in kernels()) / n
+            curved = marginal * direction - curved
+            bend, least = dot(direction, curved), 64 * precision * size
+            length = torch.where(active, size / bend.maximum(least), 0)
+            active &= bend > least  # careful: what is below, or grows, is rounding
             step, rest = step + length * direction, rest - length * curved
             last, size = size, dot(rest, rest / marginal)
-            if bool((size <= 0.01 * first).all()):
+            active &= (size > 0.01 * first) & (size < 100 * first)
+            if not active.any():
                 break
-            direction = rest / marginal + size / last.clamp_min(tiny) * direction
-        # careful: far from the optimum whole steps of Newton may fail
-        self.f, self.g = f, g + self.eps * step.asinh()
-        for rows in self.rows:  # the source's marginals are right again
-            self.f[:, rows] -= self.eps * (self.kernel(rows) @ b.mT).log()
-        self.values = self.f.mean((1, 2)) + (b * self.g).sum((1, 2))
-        return self.eps * dot(slope, step).flatten() / 2
+            direction = rest / marginal + torch.where(active, size / last, 0) * direction
+        g, gain = self.g, self.eps * dot(slope, step).flatten() / 2
+        for _ in range(5):  # careful: far from the optimum whole steps of Newton may fail
+            self.values = self.dual(g + self.eps * step.asinh())
+            worse = (self.values < values - precision * values.abs())[:, None, None]
+            if not worse.any():
+                break
+            step = torch.where(worse, step / 8, step)
+        return gain
 
 
 # ---- The distance --------------------------------------------------------------------------------
@@ -330,9 +332,11 @@ class OTDD:
 
     def _target(self, x_t, y_t):
         t = _Set(x_t, y_t, "t", self.s)
-        squares = sum(v.x.detach().square().sum() for v in (self.s, t))
-        if not (4 * max(len(self.s.y), len(t.y)) * squares ** (self.p / 2)).isfinite():
-            raise ValueError(f"got |x - x'|^{self.p} beyond {t.x.dtype}; scale the features down")
+        reach = max(v.x.detach().abs().max().double() for v in (self.s, t))
+        most = max(len(self.s.y), len(t.y)) * (4 * t.x.shape[1]) ** (self.p / 2)
+        limits = torch.finfo(t.x.dtype)
+        if reach and not limits.tiny / limits.eps < reach**self.p < limits.max / most:
+            raise ValueError(f"got |x - x'|^{self.p} beyond {t.x.dtype}; scale the features to 1")
         return t
 
     def _labels(self, s, t, mean):
@@ -375,8 +379,7 @@ def otdd(
         tol: error of an entropic value, relative to it; float32 reaches 1e-6.
     Returns: Tensor, () [, (n, m)]. Its p-th root is the metric.
     Raises: ValueError on NaN, empty or mismatched input, one-sample classes with "gaussian".
-    With eps, more than DENSE pairs of samples are streamed: slower, in memory O(n + m).
-    """
+    With eps, more than DENSE pairs of samples are streamed: slower, in memory O(n + m)."""
     distance = OTDD(x_s, y_s, p=p, label_distance=label_distance, eps=eps, debias=debias, tol=tol)
     return distance(x_t, y_t, plan=plan)
 
