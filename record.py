@@ -21,6 +21,7 @@ import math
 import os
 import signal
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import accumulate
@@ -407,8 +408,10 @@ def draw_curves(record: Record, title: str, metric: str, test_error: float | Non
 def identity(cfg, method: str) -> dict:
     """What must be the same for a run to continue: method, processes, nearly all settings."""
     settings = {key: value for key, value in asdict(cfg).items() if key not in FREE}
-    path = Path(cfg.task)  # the same file by another path is the same
-    settings["task"] = str(path.resolve()) if path.suffix == ".npz" else cfg.task
+    path = Path(cfg.task)  # a file is its content, wherever it is now
+    if path.suffix == ".npz":
+        arrays = zipfile.ZipFile(path).infolist() if path.is_file() else []
+        settings["task"] = f"{path.resolve().name} ({sum(a.CRC for a in arrays):x})"
     return {"method": method, "processes": world(), **settings}
 
 

@@ -437,10 +437,15 @@ def load_model(folder: str | Path, make: Callable) -> nn.Module:
     """The model of a finished run, in evaluation mode: a batch of x to predictions.
 
     make: a Model, from a body and what describe() has written of its shape.
-    Raises: FileNotFoundError if the folder holds no run.
+    Raises: FileNotFoundError if the folder holds no run, ValueError if it is of another script.
     """
-    saved = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model"]
-    model = make(bodies.rebuild(saved.pop("body")), **saved)
+    saved = own.read_run(Path(folder))["model"]
+    try:
+        model = make(bodies.rebuild(saved.pop("body")), **saved)
+    except TypeError:  # its Model has other arguments
+        raise ValueError(
+            f"{folder} is a run of another script; use the script that made it"
+        ) from None
     load_weights(model, Path(folder) / "model.safetensors")
     return model.eval()
 
@@ -452,13 +457,11 @@ def predict(cfg, load: Callable) -> np.ndarray:
     """
     if not (cfg.run and cfg.out):
         raise ValueError("--predict X.npy needs --run DIR, a finished run, and --out Y.npy")
-    path, out = Path(cfg.run) / "config.json", Path(cfg.out).with_suffix(".npy")
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; {cfg.run} holds no run")
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved, out = own.read_run(Path(cfg.run)), own.output(cfg.out)
     x = own.read_inputs(cfg.predict, tuple(saved["model"]["x_shape"]), saved["encoding"])
     device = start(cfg)
-    found = own.predictions(load(cfg.run).to(device), x, saved["kind"], saved["encoding"])
+    model = load(cfg.run).to(device)
+    found = own.predictions(model, cfg.predict, x, saved["kind"], saved["encoding"])
     np.save(out, found)
     print(f"{len(found)} predictions, shape {found.shape}, in {out}")
     return found

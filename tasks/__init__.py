@@ -283,6 +283,9 @@ def check(task: Task) -> list[str]:
         reason = _nothing_to_learn(task, y)
         if reason:
             raise ValueError(f"{name}: y_train {reason}")
+        if task.kind == "classes" and len(y.unique()) < task.num_classes:
+            some = f"{len(y.unique())} of the {task.num_classes} classes"
+            notices.append(f"{len(y)} training samples hold {some}; the others cannot be learnt")
     held_out = "the part of y_train that validates" if isinstance(task.val, Subset) else "y_val"
     for split, what in (("val", held_out), ("test", "y_test")):
         y = _targets(getattr(task, split))

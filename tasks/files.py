@@ -271,7 +271,8 @@ def _labels(path: Path, npz: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
     try:
         content = _read(io.BytesIO(npz.zip.read(f"{name}.npy")))
         values = content.ravel().tolist()
-        if not any(all(isinstance(v, kind) for v in values) for kind in (str, int)):
+        kinds = (str, (int, np.integer))  # numpy's whole numbers are no int of Python
+        if not any(all(isinstance(v, kind) for v in values) for kind in kinds):
             raise ValueError("they are not all text, or all whole numbers")
         return np.array(values).reshape(content.shape)
     except Exception as error:  # anything can be in a pickle

@@ -174,7 +174,7 @@ def relative_l2(out: Tensor, y: Tensor) -> float:
     _check_values(out, y)
     known = _channels(~y.isnan()).any(dim=-1)
     if not known.any() or not (_norms(y.nan_to_num())[known] > 0).all():
-        raise ValueError("a target is zero or unknown everywhere: leave it out, or use mse")
+        raise ValueError("a target is zero or unknown everywhere; leave such samples out")
     return float(relative_l2_loss(out.double(), y.double()))
 
 
@@ -192,7 +192,7 @@ def relative_rmse(out: Tensor, y: Tensor) -> float:
     out, y = out.double(), y.double()
     spread = (y - y.nanmean(dim=0)).square().nanmean()
     if not varies(y):  # careful: rounding makes the spread of 0.1, 0.1, 0.1 larger than 0
-        raise ValueError("the targets do not vary from sample to sample: use relative_l2")
+        raise ValueError("the targets do not vary from sample to sample; more samples are needed")
     return float(((out - y).square().nanmean() / spread).sqrt())
 
 

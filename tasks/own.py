@@ -18,6 +18,7 @@ taken for what is said in the record's notices. `encoding` is what --predict nee
               model sees (x - shift) / scale, computed in float64
 """
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def read(path: Path, kind: str = "") -> tuple[dict, dict[str, tuple[np.ndarray, 
         "sources": series if x.ndim == 3 else {"embedded": "shapes", "paper": dense},
         "published": {},
         "encoding": encoding,
-        "notices": (*_layout(arrays["x_train"].shape), *notices),
+        "notices": (*_layout(arrays["x_train"].shape, arrays["y_train"].shape), *notices),
     }
     return record, {s: (xs[s], ys[s]) for s in names}
 
@@ -151,8 +152,12 @@ def _split(path: Path, split: str, x: np.ndarray, y: np.ndarray, categories: boo
     return x, y
 
 
-def _layout(shape: tuple[int, ...]) -> list[str]:
-    """What looks as if the axes of x were in another order, or one were missing."""
+def _layout(shape: tuple[int, ...], of_y: tuple[int, ...]) -> list[str]:
+    """What looks as if the axes of x or y were in another order, or one were missing."""
+    axes = shape[2:] or shape[1:]  # of x: (L,) or (H, W)
+    if len(of_y) == len(axes) + 2 and of_y[1:-1] == axes != of_y[2:]:
+        first = f"y: {of_y[1]} channels of {' x '.join(map(str, of_y[2:]))} points"
+        return [f"{first}; if its last axis is that of the channels, save np.moveaxis(y, -1, 1)"]
     if len(shape) == 4 and shape[3] <= 4 < min(shape[1:3]):
         n, H, W, C = shape
         return [
@@ -226,8 +231,10 @@ def _float32(
     shift, scale = [], []
     for c in range(arrays["train"].shape[1]):
         values = arrays["train"][:, c].astype(np.float64)
-        mean, std = float(values.mean()), float(values.std())
-        varies = values.min() < values.max()
+        _check_whole(f"{path}: {name}_train", arrays["train"][:, c])
+        mean, spread = float(values.mean()), float(np.ptp(values))
+        std = float(values.std()) or spread  # careful: squares of what is tiny are 0
+        varies = spread > 0
         shift.append(mean if varies and abs(mean) > FAR * std else 0.0)
         scale.append(std if varies and std < TINY else 1.0)
     changed = [c for c in range(len(shift)) if shift[c] != 0 or scale[c] != 1]
@@ -248,6 +255,17 @@ def _check_range(what: str, array: np.ndarray) -> None:
         raise ValueError(f"{what} holds values beyond {most:.2g}, the largest of float32; rescale")
 
 
+def _check_whole(what: str, values: np.ndarray) -> None:
+    """Refuse a channel of whole numbers whose differences are lost in float64, as beyond 2^53."""
+    if values.dtype.kind in "iu":
+        low, high = int(values.min()), int(values.max())
+        if high > low and np.spacing(float(max(-low, high))) > 1e-3 * (high - low):
+            raise ValueError(
+                f"{what} holds whole numbers from {low} to {high}, which float64 cannot tell "
+                "apart; subtract the smallest"
+            )
+
+
 def _encoded(what: str, array: np.ndarray, how: dict | None) -> np.ndarray:
     """(array - shift) / scale of each channel, (n, C, ...), in float64, then as float32."""
     if not how:
@@ -262,6 +280,17 @@ def _encoded(what: str, array: np.ndarray, how: dict | None) -> np.ndarray:
 
 
 # ---- predictions for new inputs ----
+
+
+def read_run(folder: Path) -> dict:
+    """The config.json of a finished run."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; {folder} holds no run")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
 
 
 def read_inputs(path: str | Path, x_shape: tuple[int, ...], encoding: dict) -> np.ndarray:
@@ -297,19 +326,44 @@ def read_inputs(path: str | Path, x_shape: tuple[int, ...], encoding: dict) -> n
     return _encoded(str(path), x, encoding.get("x"))
 
 
+def output(path: str | Path) -> Path:
+    """The file that predictions are written to: its name ends in .npy, and its folder is there."""
+    path = Path(path)
+    path = path if path.suffix == ".npy" else path.with_name(path.name + ".npy")
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"--out {path} cannot be written; name a file in a folder that exists"
+        )
+    return path
+
+
+def check_predictions(path: str | Path, predictions: torch.Tensor) -> None:
+    """Raises: ValueError if a prediction, (n, ...), is not finite; without a word it would be 0."""
+    bad = (~predictions.flatten(1).isfinite().all(dim=1)).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"{path}: {len(bad)} of {len(predictions)} predictions are not finite, the first of "
+            f"sample {int(bad[0])}; its values are too far from those of training"
+        )
+
+
 @torch.no_grad()
-def predictions(model: nn.Module, x: np.ndarray, kind: str, encoding: dict) -> np.ndarray:
+def predictions(
+    model: nn.Module, path: str | Path, x: np.ndarray, kind: str, encoding: dict
+) -> np.ndarray:
     """What a model predicts for inputs, as the user has it.
 
     Args:
-        x: as read_inputs() gives it, (n, *x_shape).
+        path, x: the file of the inputs, and what read_inputs() makes of it, (n, *x_shape).
         kind, encoding: of the Task.
     Returns: classes, (n,), by their own names; probabilities of labels and masks; or values in the
         units of y.
+    Raises: ValueError if one is not finite.
     """
     device = next(model.parameters()).device
     parts = torch.from_numpy(x).split(256)
     found = torch.cat([model(part.to(device)).float().cpu() for part in parts])
+    check_predictions(path, found)
     if kind == "classes":
         found = found.argmax(dim=1)
     elif kind in ("labels", "mask"):

@@ -350,3 +350,52 @@ def test_other_inputs_are_refused(x, message, tmp_path):
 def test_what_has_no_encoding_is_given_back_as_it_is():
     out = np.random.default_rng(0).random((4, 3)).astype(np.float32)
     assert own.decode(out, {}) is out
+
+
+# ---- further instances of these kinds ----
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        ((40, 3, 8, 9), (40, 8, 9, 2), "y: 8 channels of 9 x 2 points; if its last axis"),
+        ((40, 2, 12), (40, 12, 2), "y: 12 channels of 2 points; if its last axis"),
+        ((40, 12), (40, 12, 1), "y: 12 channels of 1 points; if its last axis"),
+        ((40, 3, 8, 8), (40, 8, 8, 8), ""),
+        ((40, 2, 12), (40, 2, 12), ""),
+    ],
+)
+def test_a_field_whose_channels_come_last_is_said(x, y, message, load):
+    rng = np.random.default_rng(0)
+    assert message in " ".join(load(rng.normal(size=x), rng.normal(size=y)).notices)
+    if not message:
+        assert load(rng.normal(size=x), rng.normal(size=y)).notices == ()
+
+
+def test_objects_that_are_whole_numbers_of_numpy_are_classes(load):
+    """As pandas gives them; "they are not all whole numbers" was said of these."""
+    y = np.array([np.int64(5), np.uint8(9)] * 20, dtype=object)
+    assert load(series(), y).encoding["classes"] == [5, 9]
+
+
+def test_whole_numbers_that_float64_cannot_tell_apart_are_refused(load):
+    """As float64 they are constant, and nothing was said."""
+    whole = np.arange(40 * 12).reshape(40, 12)
+    with pytest.raises(ValueError, match="x_train holds whole numbers from 9223.* subtract the"):
+        load(2**63 + whole.astype(np.uint64), np.arange(40) % 2)
+    task = load(10**18 + 10**9 * whole, np.arange(40) % 2)  # nanoseconds, seconds apart
+    assert task.encoding["x"]["shift"][0] == pytest.approx(1e18, rel=1e-6)
+
+
+def test_values_whose_squares_are_0_are_scaled_up(load):
+    task = load(series() * 1e-200, np.arange(40) % 2)
+    x = torch.stack([a for a, _ in task.test])
+    assert x.isfinite().all() and 0.1 < float(x.std()) < 1
+
+
+def test_a_training_set_without_some_classes_is_said(tmp_path):
+    path = saved(tmp_path / "my.npz", series(), np.arange(40) % 8)
+    assert "4 training samples hold 4 of the 8 classes" in " ".join(
+        tasks.load_task(path, train_size=4).notices
+    )
+    assert tasks.load_task(path, train_size=8).notices == ()

@@ -712,6 +712,46 @@ def test_predictions_say_which_file_they_are_in(unbroken, series, tmp_path, caps
     assert [p.name for p in tmp_path.iterdir() if p.name != "x.npy"] == [path.name]
 
 
+def test_a_prediction_is_written_where_it_was_asked_for_or_refused_before(
+    unbroken, series, tmp_path, capsys
+):
+    """Of v1.2, only v1.npy was left; a folder that is not there was found after predicting."""
+    np.save(tmp_path / "x.npy", np.load(series)["x_test"])
+    np.save(tmp_path / "far.npy", 3e38 * np.sign(np.load(series)["x_test"]))
+    module = importlib.import_module("pare")
+
+    def predict(name, out, script=module, of="pare"):
+        argv = ["--predict", str(tmp_path / name), "--run", str(unbroken[of]), "--out"]
+        code = script.cli([*argv, str(tmp_path / out)])
+        return code, capsys.readouterr().err
+
+    assert predict("x.npy", "v1.2")[0] == 0 and (tmp_path / "v1.2.npy").is_file()
+    code, said = predict("x.npy", "nowhere/y.npy")
+    assert code == 2 and "nowhere/y.npy cannot be written" in said
+    code, said = predict("far.npy", "z.npy")  # was class 0
+    assert code == 2 and "64 of 64 predictions are not finite" in said
+    for script, of in (("proposed", "pare"), ("orca", "proposed")):  # a traceback
+        code, said = predict("x.npy", "z.npy", importlib.import_module(script), of)
+        assert code == 2 and "is a run of another script" in said and said.count("\n") == 1
+    assert not (tmp_path / "z.npy").exists()
+
+
+def test_a_resumed_run_is_of_the_same_content(series, tmp_path):
+    """Another file of the same name was trained on in silence."""
+    path = tmp_path / "mine.npz"
+    path.write_bytes(Path(series).read_bytes())
+    how = {"align": "none", "epochs": 1}
+    main("orca", config("orca", path, tmp_path / "run", **how))
+    arrays = dict(np.load(series))
+    np.savez(path, **arrays | {"x_train": arrays["x_train"] + 1})
+    with pytest.raises(ValueError, match="--task was .*mine.npz .*, not .*mine.npz"):
+        main("orca", config("orca", path, tmp_path / "run", resume=True, **how))
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "mine.npz").write_bytes(Path(series).read_bytes())
+    path = tmp_path / "moved" / "mine.npz"
+    main("orca", config("orca", path, tmp_path / "run", resume=True, **how))
+
+
 def test_a_single_sample_is_predicted_too(unbroken, series, tmp_path):
     x = np.load(series)["x_test"]
     argv = ["--run", str(unbroken["orca"]), "--out", str(tmp_path / "y.npy"), "--predict"]
