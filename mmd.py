@@ -51,7 +51,9 @@ def _prepare(x, y, bandwidths, least=1):
     d2 = 2 * z.detach().square().sum(dtype=torch.float64).item()  # over n + m - 1: mean, i != j
     default = [d2 / (len(z) - 1) * 2.0**i or 1.0 for i in range(-2, 3)]  # (M2)
     b = sorted(map(float, default if bandwidths is None else bandwidths), reverse=True)
-    if not (b and b[-1] > 0 and 9 * (d2 + sum(b)) / b[-1] < torch.finfo(z.dtype).max):
+    reach, limits = float(z.detach().abs().max()), torch.finfo(z.dtype)
+    small = 0 < reach and reach**2 < limits.tiny / limits.eps  # careful: squares lose their digits
+    if small or not (b and b[-1] > 0 and 9 * (d2 + sum(b)) / b[-1] < limits.max):
         raise ValueError(f"got bandwidths={b}; expected positive numbers: scale x, y or pass None")
     return z, b
 

@@ -8,6 +8,7 @@ bodies/README.md says which bodies are taken and how they are named.
 
 import contextlib
 import json
+import logging
 import math
 import re
 import sys
@@ -135,8 +136,8 @@ def _check_kind(place: str, axes: int) -> None:
         raise ValueError(f"it is a {kind} of transformers; {TAKEN[3]}")
 
 
-def _check_weights(wrong: Iterable[str]) -> None:
-    """Raise ValueError if there are names of weights that the file of a body did not fill."""
+def _check_weights(model: nn.Module, wrong: Iterable[str]) -> None:
+    """Raise ValueError if the file of a body left out weights, by name, or holds NaN."""
     names = sorted(wrong)
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -144,14 +145,18 @@ def _check_weights(wrong: Iterable[str]) -> None:
             f"{len(names)} of its weights are not in its file, or have another shape there: "
             f"{shown}; the file must fit config.json"
         )
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise ValueError(f"its weight {name} holds NaN or infinite values; get the file anew")
 
 
 def _series(place: str, untrained: bool, dropout: float) -> tuple[nn.Module, Callable]:
     """A model of transformers without its pooler, and its tokenizer."""
-    from transformers import AutoConfig, AutoModel, logging
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging as messages
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
     local = Path(place).is_dir()
     name, revision = (place, None) if local else hub.address(place)
     which = {"revision": revision} if revision else {}
@@ -164,7 +169,9 @@ def _series(place: str, untrained: bool, dropout: float) -> tuple[nn.Module, Cal
     else:
         options = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # told, not hidden
         model, found = AutoModel.from_pretrained(name, **kind, **which, **options)
-        _check_weights({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+        _check_weights(
+            model, {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        )
     model.embeddings.dropout.p = 0.0  # f^s stays the same from call to call
     room = config.max_position_embeddings - first_position(model)
     if room < WINDOW:
@@ -258,6 +265,7 @@ def _load_timm(model: nn.Module) -> None:
             return headless
         return {name: w for name, w in weights.items() if not name.startswith("head.")}
 
+    logging.getLogger("timm").setLevel(logging.ERROR)  # else all names that have no place here
     wrong: list[str] = []
     hook = model.register_load_state_dict_post_hook(lambda _, keys: wrong.extend(keys.missing_keys))
     try:
@@ -268,7 +276,7 @@ def _load_timm(model: nn.Module) -> None:
             raise
         wrong += shapes
     hook.remove()
-    _check_weights(wrong)
+    _check_weights(model, wrong)
 
 
 def spread(model: nn.Module) -> nn.Module:

@@ -546,3 +546,28 @@ def test_frozen_queries_and_keys_stay_bit_equal_under_weight_decay(name):
     assert torch.equal(plain.eval()(z)[-1], g.eval()(z)[-1])
     model.g.load_state_dict(after)
     assert torch.equal(model.g.eval()(z)[-1], g(z)[-1])
+
+
+@pytest.mark.parametrize(("name", "shape"), [("tiny_roberta", (1, 46)), ("tiny_swin", (3, 64, 64))])
+def test_weights_that_are_not_finite_or_of_another_prefix_are_one_line(
+    name, shape, tmp_path, capfd
+):
+    """NaN was found as a run that diverged; timm printed all names before the error."""
+
+    def hole(weights):
+        key = sorted(weights)[5]
+        return weights | {key: weights[key] * float("nan")}
+
+    changes = {
+        r"its weight .* holds NaN or infinite": hole,
+        r"of its weights are not in its file": lambda weights: {
+            f"model.{key}": w for key, w in weights.items()
+        },
+    }
+    for message, change in changes.items():
+        place = tmp_path / message[:3]
+        shutil.copytree(bodies.FOLDER / name, place)
+        rewrite(place, change)
+        with pytest.raises(ValueError, match=message):
+            bodies.load_body(str(place), shape, 256 if len(shape) == 3 else 32)
+        assert capfd.readouterr().err == ""

@@ -411,3 +411,13 @@ def test_cpu_and_cuda_agree():
         (p,), (q,) = torch.autograd.grad(a, y), torch.autograd.grad(b, y2)
         torch.testing.assert_close(p, q.cpu(), rtol=1e-3, atol=1e-7)
     assert two_sample_test(x2, y2)[1] == two_sample_test(x, y)[1]
+
+
+@pytest.mark.parametrize("function", [mmd2, mmd2_linear, mmd2_features])
+def test_samples_too_small_for_their_squares_are_refused(function):
+    """1e-25 in single precision gave a distance of 0, whatever the samples."""
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="scale x, y"):
+        function(1e-25 * x, 1e-25 * (x + 1))
+    assert float(function(1e-12 * x, 1e-12 * (x + 1))) > 0
+    assert float(function(0 * x, 0 * x)) == pytest.approx(0, abs=1e-6)
