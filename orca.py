@@ -255,9 +255,15 @@ def distance_to(
     if name == "otdd":
         return OTDD(z_s, y_s)
     if name == "otdd-gaussian":
-        gaussian = OTDD(z_s, y_s, label_distance="gaussian")
-        several = lambda y_t: y_t.bincount()[y_t] > 1  # noqa: E731 (one sample has no covariance)
-        return lambda z_t, y_t: gaussian(z_t[several(y_t)], y_t[several(y_t)])
+        distance = OTDD(z_s, y_s, label_distance="gaussian")
+
+        def gaussian(z_t: Tensor, y_t: Tensor) -> Tensor:
+            several = y_t.bincount()[y_t] > 1  # one sample has no covariance
+            if not several.any():
+                raise ValueError("no class has two samples in a step; choose --align otdd")
+            return distance(z_t[several], y_t[several])
+
+        return gaussian
     if name == "otdd-classwise":
         return lambda z_t, y_t: classwise(z_s, y_s, z_t, y_t, share)
     if name == "mmd":

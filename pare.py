@@ -296,6 +296,8 @@ def sampled(s: Tensor) -> Tensor:
     Source: Kool et al. 2019, Stochastic beams. Differs from the release, whose noise has a spread
     of 1.28 whatever that of the scores is, so that its choice is nearly random.
     """
+    if s.shape[1] == 1:  # one score has no spread
+        return s.detach()
     noise = -torch.log(-torch.log(torch.rand_like(s).clamp(1e-7, 1 - 1e-7)))
     return s.detach() + s.detach().std(dim=1, keepdim=True) * noise
 

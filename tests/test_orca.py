@@ -368,3 +368,13 @@ def test_cuda_agrees_with_the_cpu(series, tmp_path, precision):
     here = orca.main(orca.Config(**common, device="cpu", out=str(tmp_path / "cpu")))
     gpu = {**common, "device": "cuda", "precision": precision, "out": str(tmp_path / "gpu")}
     assert abs(orca.main(orca.Config(**gpu))["val_error"] - here["val_error"]) < 0.25
+
+
+def test_gaussians_of_classes_with_one_sample_each_are_refused():
+    """Said of them was "got x_t (0, 128), reshape it"."""
+    z, y = torch.randn(12, 4), torch.arange(12) % 3
+    distance = orca.distance_to("otdd-gaussian", z, y)
+    with pytest.raises(ValueError, match="no class has two samples in a step; choose --align otdd"):
+        distance(torch.randn(5, 4), torch.arange(5))
+    one_more = distance(torch.randn(5, 4), torch.tensor([0, 0, 1, 2, 3]))  # three are left out
+    assert one_more.isfinite()

@@ -392,3 +392,9 @@ def test_the_last_batch_is_mixed_as_well(series, tmp_path, monkeypatch):
     common = {"task": str(series), "epochs": 1, "source_size": 64, "k0": 3}
     pare.main(pare.Config(**common, out=str(tmp_path / "run")))
     assert sizes == [(32, 32), (32, 32), (23, 23)]
+
+
+def test_a_single_patch_is_sampled_without_a_spread():
+    """Its noise was NaN times infinity."""
+    score = torch.rand(4, 1)
+    assert torch.equal(pare.sampled(score), score)
