@@ -12,8 +12,9 @@ The text, and with it the windows, belongs to a Python version; within one, a se
 import ast
 import functools
 import importlib
+import os
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +58,9 @@ def texts() -> dict[str, str]:
         parts["language"] = [topics[key] for key in sorted(topics)]
     except ImportError:
         pass  # reported below: the class stays empty
-    for file in sorted(stdlib.rglob("*.py")):
-        path = file.relative_to(stdlib)
-        if not _SKIP.intersection(path.parts):
-            name = owner.get(path.parts[0].removesuffix(".py"), "other")
-            parts[name].extend(_docstrings(file))
+    for file in sorted(_files(stdlib)):
+        name = owner.get(file.relative_to(stdlib).parts[0].removesuffix(".py"), "other")
+        parts[name].extend(_docstrings(file))
     found = {name: "\n\n".join(docs) for name, docs in parts.items()}
     short = [name for name in CLASSES if len(found[name]) < 20_000]
     if short:
@@ -71,6 +70,13 @@ def texts() -> dict[str, str]:
             "comes as source files with docstrings, or another --source"
         )
     return found
+
+
+def _files(stdlib: Path) -> Iterator[Path]:
+    """The source files of the standard library, without packages that were installed beside it."""
+    for folder, folders, names in os.walk(stdlib):
+        folders[:] = [name for name in folders if name not in _SKIP]  # goes into these alone
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _docstrings(file: Path) -> list[str]:
