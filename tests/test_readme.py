@@ -359,6 +359,15 @@ def test_what_is_said_of_the_body_s_rate_is_in_the_rows():
         assert re.search(rf"{low}( with a tenth)? and (of )?{high}", page), (task, low, high)
 
 
+def test_what_is_said_of_fields_is_the_answer_of_the_rows():
+    answers, front = text("results/README.md"), " ".join(text("README.md").split())
+    no_difference = "pretraining, ORCA and the proposal make no difference beyond chance, and PaRe"
+    assert no_difference + " raises the error" in front
+    for name in ("Pretraining", "Alignment", "The proposal"):
+        assert re.search(rf"\*\*{name}\*\* .*no difference beyond chance on .*fields", answers)
+    assert re.search(r"\*\*Patch replacement\*\* .*raises the error on .*fields", answers)
+
+
 # ---- sizes, figure ----
 
 
