@@ -410,8 +410,11 @@ def identity(cfg, method: str) -> dict:
     settings = {key: value for key, value in asdict(cfg).items() if key not in FREE}
     path = Path(cfg.task)  # a file is its content, wherever it is now
     if path.suffix == ".npz":
-        arrays = zipfile.ZipFile(path).infolist() if path.is_file() else []
-        settings["task"] = f"{path.resolve().name} ({sum(a.CRC for a in arrays):x})"
+        content = 0
+        if path.is_file():
+            with zipfile.ZipFile(path) as file:
+                content = sum(array.CRC for array in file.infolist())
+        settings["task"] = f"{path.resolve().name} ({content:x})"
     return {"method": method, "processes": world(), **settings}
 
 

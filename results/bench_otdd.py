@@ -26,7 +26,7 @@ from otdd import DENSE, otdd  # noqa: E402
 
 EPS = {"eps": 1e-3}
 SINKHORN = {"eps": 1e-3, "label_distance": "sinkhorn"}
-STREAMED = {"eps": 0.1, "label_distance": "gaussian"}
+SMOOTH = {"eps": 0.1, "label_distance": "gaussian"}
 CASES = {  # name: (n, m, D, C_s, C_t, settings, rounds)
     "10 x 10": (2000, 2000, 768, 10, 10, {}, 5),
     "9 x 100": (2000, 2000, 768, 9, 100, {}, 5),
@@ -40,8 +40,8 @@ CASES = {  # name: (n, m, D, C_s, C_t, settings, rounds)
     "n = 1000": (1000, 1000, 128, 10, 10, {}, 5),
     "n = 2000": (2000, 2000, 128, 10, 10, {}, 5),
     "n = 4000": (4000, 4000, 128, 10, 10, {}, 3),
-    "eps 0.1, gaussian": (4000, 4000, 128, 10, 10, STREAMED, 1),
-    "eps 0.1, gaussian, streamed": (20_000, 20_000, 128, 10, 10, STREAMED, 1),
+    "eps 0.1, gaussian": (4000, 4000, 128, 10, 10, SMOOTH, 1),
+    "eps 0.1, gaussian, streamed": (20_000, 20_000, 128, 10, 10, SMOOTH, 1),
 }
 
 ALONE = """

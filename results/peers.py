@@ -165,7 +165,7 @@ def error(model: nn.Module, task: tasks.Task, split: str) -> float | None:
     return run.error_of(task, split, *map(list, zip(*made, strict=True)))
 
 
-def row(name: str, name_of_task: str, seed: int, rate: float, seconds: float) -> dict:
+def row(name: str, name_of_task: str, seed: int, rate: float, seconds: float, line: str) -> dict:
     torch.manual_seed(seed)
     task = tasks.load_task(name_of_task, seed=seed)
     model = Standardised(PEERS[name](task.x_shape, task.out_shape), tasks.statistics(task))
@@ -174,14 +174,15 @@ def row(name: str, name_of_task: str, seed: int, rate: float, seconds: float) ->
     made |= {key: round(error(model, task, key[:-6]), 6) for key in ("val_error", "test_error")}
     made |= {"steps": steps, "train_size": len(task.train), "time_s": round(seconds, 1)}
     made |= {"device": collect.hardware("cpu"), "torch": torch.__version__}
-    return made | {"commit": collect.commit(), "command": command(name_of_task, seed, rate)}
+    return made | {"commit": collect.commit(), "command": line}
 
 
 PEERS = {"convolutions": ConvNet, "Perceiver IO": Perceiver, "FNO": FNO, "U-Net": UNet}
 
 
-def command(task: str, seed: int, rate: float) -> str:
-    return f"python results/peers.py --tasks {task} --seeds {seed} --rates {rate:g}"
+def command(task: str, seed: int, rate: float, seconds: float | None) -> str:
+    time = f" --seconds {seconds:g}" if seconds else ""
+    return f"python results/peers.py --tasks {task} --seeds {seed}{time} --rates {rate:g}"
 
 
 def times() -> dict[str, float]:
@@ -212,8 +213,9 @@ def main(argv: list[str] | None = None) -> None:
         for peer in ("FNO", "U-Net") if field else ("convolutions", "Perceiver IO"):
             for seed in args.seeds:
                 for rate in args.rates:
-                    if (peer, command(name, seed, rate)) not in done:
-                        made = row(peer, name, seed, rate, args.seconds or known[name])
+                    line = command(name, seed, rate, args.seconds)
+                    if (peer, line) not in done:
+                        made = row(peer, name, seed, rate, args.seconds or known[name], line)
                         collect.append(args.csv, [made])
                         print(peer, name, seed, rate, made["test_error"], flush=True)
 

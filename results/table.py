@@ -716,9 +716,9 @@ def figure(found: Rows, path: Path) -> None:
             values = flat(effect(found, METHODS[method], METHODS["NFT"], names))
             if values:
                 ax.axhspan(y - 0.5, y + 0.5, color="0.92", zorder=0)
-                mean = statistics.mean(values)
-                ends = interval(values) if len(values) >= FEWEST else (mean, mean)  # in grey
-                draw(ax, y, mean, *ends, "D", 15)
+                at = statistics.mean(values)
+                ends = interval(values) if len(values) >= FEWEST else (at, at)  # in grey
+                draw(ax, y, at, *ends, "D", 15)
         ax.set_title(title, fontsize=23, fontweight="bold")
         ax.set(xlim=(-EDGE, EDGE), ylim=(place - 1.2, -0.8))
         ax.set_xticks([-math.log(2), 0, math.log(2)], ["half", "NFT", "twice"], fontsize=17)

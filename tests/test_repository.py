@@ -53,7 +53,7 @@ def test_nothing_from_outside_is_executed_and_no_device_is_assumed():
 
 
 def test_sizes_that_keep_a_file_readable():
-    limits = {"orca": 460, "pare": 510, "proposed": 640, "run": 470, "record": 570}
+    limits = {"orca": 460, "pare": 510, "proposed": 640, "run": 470, "record": 575}
     limits |= {"otdd": 405, "contrast": 250, "mmd": 140}
     for name, most in limits.items():
         assert len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= most, name

@@ -951,3 +951,15 @@ def test_killed_at_random_times_a_run_ends_the_same(
         kills += killed_and_resumed(script, series, out, rng, whole_s, processes, most)
         assert outcome(out) == outcome(tmp_path / "whole")
     record_property("cases", kills)  # for results/faults.sh
+
+
+def test_spikes_and_convergence_are_read_from_the_epochs():
+    record = run.Record(None)
+    losses, errors = [3.0, 1.0, 1.5, 0.9, 1.2], [0.9, 0.5, 0.4, 0.3, 0.299]
+    stage = {"stage": "finetune"}
+    record.rows = [
+        {**stage, "train_loss": a, "val_error": b} for a, b in zip(losses, errors, strict=True)
+    ]
+    assert record.spikes() == 2 and record.converged()
+    record.rows[-1]["val_error"] = 0.2
+    assert not record.converged()
